@@ -1,0 +1,204 @@
+"""A job's configuration: YAML in, a frozen and checked `JobConfig` out. No Spark, no MLflow."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams, build_params
+from phibatch.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class InputColumns(_Section):
+    """The input table's names for the job's columns."""
+
+    custom_id: str = "custom_id"
+    prompt: str = "prompt"
+    messages: str = "messages"
+    system: str = "system"
+    max_tokens: str = "max_tokens"
+    temperature: str = "temperature"
+    top_p: str = "top_p"
+    top_k: str = "top_k"
+    repetition_penalty: str = "repetition_penalty"
+    seed: str = "seed"
+    stop: str = "stop"
+
+
+class InputConfig(_Section):
+    """Where the prompts are: a `path` in a Spark `format`, or a `table`."""
+
+    path: str | None = None
+    table: str | None = None
+    format: str = "parquet"
+    options: dict[str, str] = Field(default_factory=dict)
+    columns: InputColumns = InputColumns()
+    system: str | None = None
+    template: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.table is None):
+            raise ValueError("exactly one of path and table must be set")
+        return self
+
+
+class ModelConfig(_Section):
+    """The logged model, and how it is run."""
+
+    uri: str
+    engine: EngineName = EngineName.GENAI
+    batch_size: Annotated[int, Field(ge=1, le=32)] = 8
+
+
+class GenerationConfig(_Section):
+    """The parameters of every row that does not bring its own."""
+
+    max_tokens: int = 300
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @field_validator(*NUMBERS)
+    @classmethod
+    def _in_bounds(cls, value: float | None, info: Any) -> float | None:
+        if value is not None and value not in NUMBERS[info.field_name]:
+            raise ValueError(f"it must be {NUMBERS[info.field_name]}")
+        return value
+
+    def params(self) -> GenerationParams:
+        return build_params(self.model_dump())
+
+
+class OutputConfig(_Section):
+    """Where the responses go: a `path` in a Spark `format`, or a `table`; the usage table stands beside it."""
+
+    path: str | None = None
+    table: str | None = None
+    format: str = "parquet"
+    mode: Literal["error", "overwrite"] = "error"
+    keep_columns: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if (self.path is None) == (self.table is None):
+            raise ValueError("exactly one of path and table must be set")
+        taken = [name for name in self.keep_columns if name.lower() in RESPONSE_COLUMNS]
+        if taken:
+            raise ValueError(f"keep_columns names {taken[0]!r}, which is a column of the response table itself")
+        return self
+
+    @property
+    def place(self) -> str:
+        """The response table's path or name."""
+        return (self.table or self.path or "").rstrip("/")
+
+    @property
+    def usage_place(self) -> str:
+        """The usage table's path or name."""
+        return f"{self.place}_usage"
+
+
+class JobSettings(_Section):
+    """The run itself."""
+
+    name: str = "phibatch"
+    partitions: Annotated[int, Field(ge=1)] | None = None
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class JobConfig(_Section):
+    """A whole job."""
+
+    input: InputConfig
+    model: ModelConfig
+    output: OutputConfig
+    generation: GenerationConfig = GenerationConfig()
+    job: JobSettings = JobSettings()
+
+    @model_validator(mode="after")
+    def _input_is_safe(self) -> Self:
+        read = (self.input.table or self.input.path or "").rstrip("/")
+        if read in {self.output.place, self.output.usage_place}:
+            raise ValueError(f"the output {read} is the input itself")
+        return self
+
+
+def read_config(
+    path: Path | None, settings: dict[str, str] | None = None, values: dict[str, str] | None = None
+) -> JobConfig:
+    """Read a YAML file, then set `section.key`s: `settings` from YAML text, `values` as they are.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, or a value out of range, in one sentence.
+    """
+    document: Any = {}
+    if path is not None:
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"the configuration {path} can not be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"the configuration {path} is not a mapping of sections")
+    for key, text in (settings or {}).items():
+        try:
+            _set(document, key, yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}={text} is not YAML: {' '.join(str(error).split())}") from error
+    for key, value in (values or {}).items():
+        _set(document, key, value)
+    return build_config(document)
+
+
+def build_config(document: dict[str, Any]) -> JobConfig:
+    """A checked configuration from plain data. Raises ConfigError."""
+    try:
+        return JobConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(item) for item in error.errors(include_url=False))) from None
+
+
+def _set(document: dict[str, Any], key: str, value: object) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise ConfigError(f"{key} can not be set: {section} is not a section")
+    document[last] = value
+
+
+def _sentence(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    name = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _names(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        prefix = "".join(f"{part}." for part in location[:-1])
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known here are {', '.join(known)}"
+        return f"unknown key {name}: {hint}"
+    if item["type"] == "missing":
+        return f"{name} is missing"
+    reason = item["msg"].removeprefix("Value error, ")
+    if isinstance(item["input"], dict | BaseModel):
+        return f"{name}: {reason}"
+    return f"{name} is {item['input']!r}: {reason}"
+
+
+def _names(location: list[str]) -> list[str]:
+    """The keys that the section at `location` knows."""
+    section: Any = JobConfig
+    for part in location:
+        kind = section.model_fields[part].annotation
+        section = next((option for option in (kind, *get_args(kind)) if isinstance(option, type)), kind)
+    return list(section.model_fields)

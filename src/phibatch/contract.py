@@ -1,0 +1,238 @@
+"""The words and records that the job and the model share. Standard library only."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+ROLES = ("system", "user", "assistant")
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended: by itself or at a stop string (`stop`), or cut by its limit (`length`)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class ErrorCode(StrEnum):
+    """Why a row has no answer."""
+
+    INVALID_REQUEST = "invalid_request"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    TIMEOUT = "timeout"
+    ENGINE_ERROR = "engine_error"
+    WORKER_CRASHED = "worker_crashed"
+
+
+class EngineName(StrEnum):
+    """The engines a logged model can answer with."""
+
+    GENAI = "genai"
+    ECHO = "echo"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The values one generation parameter may take; `low` itself is excluded where `above` is set."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        inside = (self.low < value if self.above else self.low <= value) and value <= self.high
+        return inside and (not self.whole or float(value).is_integer())
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        low = f"{'above' if self.above else 'from'} {self.low:g}" if math.isfinite(self.low) else ""
+        high = f"up to {self.high:g}" if math.isfinite(self.high) else ""
+        return " ".join(word for word in (kind, low, high) if word)
+
+
+NUMBERS: dict[str, Bounds] = {
+    "max_tokens": Bounds(low=1, high=2**31 - 1, whole=True),
+    "temperature": Bounds(low=0, high=2),
+    "top_p": Bounds(low=0, high=1, above=True),
+    "top_k": Bounds(low=0, high=2**31 - 1, whole=True),
+    "repetition_penalty": Bounds(low=0, high=10, above=True),
+    "seed": Bounds(low=-(2**63), high=2**63 - 1, whole=True),
+}
+"""The numeric generation parameters and what each may be. `stop` is the one that is not a number."""
+
+PARAMETERS = (*NUMBERS, "stop")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """How one row is generated, in OpenAI's and Hugging Face's words.
+
+    Attributes:
+        max_tokens: the most tokens to generate, without the end-of-turn token.
+        temperature: 0 is greedy; above it the logits are divided by it before sampling.
+        top_p: sample from the smallest set of tokens whose probabilities add up to this.
+        top_k: sample from this many likeliest tokens; 0 is all of them.
+        repetition_penalty: divides the logits of tokens already seen, or multiplies negative ones (Keskar et al. 2019).
+        seed: the row's own random stream; None leaves the choice to the job.
+        stop: the answer is cut before the first of these strings to appear.
+
+    Raises:
+        ValueError: a value is out of its bounds, in one sentence.
+    """
+
+    max_tokens: int = 300
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, bounds in NUMBERS.items():
+            value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or value not in bounds:
+                raise ValueError(f"{name} is {value!r}; it must be {bounds}")
+            if bounds.whole:
+                object.__setattr__(self, name, int(value))
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError("stop must be a list of non-empty strings")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one row asks for: `messages`, or a `prompt` that already carries the control tokens.
+
+    The job only ever sends `messages`, so that a table's text can not open a turn.
+    """
+
+    params: GenerationParams
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what the job sends: OpenAI's request body, `{"messages": [...], "max_tokens": 64, ...}`.
+
+        Raises:
+            ValueError: the text is not such a body, in one sentence.
+        """
+        body = json.loads(text)
+        params = build_params({name: body[name] for name in PARAMETERS if name in body})
+        return cls(params=params, messages=build_messages(body["messages"]))
+
+
+def build_params(values: dict[str, Any]) -> GenerationParams:
+    """Parameters from loose values; absent ones take their defaults. Raises ValueError as `GenerationParams` does."""
+    stop = values.get("stop") or ()
+    return GenerationParams(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+
+
+def build_messages(values: Any) -> tuple[Message, ...]:
+    """A checked conversation from dicts of `role` and `content`.
+
+    Raises:
+        ValueError: it is empty, or a message lacks a known role or its text.
+    """
+    messages = []
+    for position, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise ValueError(f"messages[{position}] is not an object of role and content")
+        role, content = value.get("role"), value.get("content")
+        if role not in ROLES:
+            raise ValueError(f"messages[{position}].role is {str(role)[:20]!r}; it must be one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"messages[{position}].content is not text")
+        messages.append(Message(role, content))
+    if not messages:
+        raise ValueError("messages is empty")
+    return tuple(messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one completion; `cached_tokens` are those of the prompt that did not have to be computed again."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total_tokens": self.total_tokens}
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One request's outcome: a text with its `finish_reason`, or an `error_code` with its message.
+
+    `generation_seconds` runs from the row's admission to its last token.
+    """
+
+    text: str | None
+    finish_reason: FinishReason | None
+    usage: Usage = Usage()
+    generation_seconds: float = 0.0
+    error_code: str | None = None
+    error_message: str | None = None
+
+    @classmethod
+    def failed(cls, code: str, message: str) -> Self:
+        return cls(text=None, finish_reason=None, error_code=code, error_message=message)
+
+
+RESPONSE_COLUMNS = {
+    "custom_id": "string",
+    "response": "string",
+    "finish_reason": "string",
+    "usage": "struct<prompt_tokens:bigint,completion_tokens:bigint,total_tokens:bigint,cached_tokens:bigint>",
+    "error": "struct<code:string,message:string>",
+    "request_key": "string",
+    "model": "string",
+    "run_id": "string",
+    "created": "timestamp",
+    "generation_seconds": "double",
+}
+"""The response table: column to Spark type, in order."""
+
+USAGE_COLUMNS = {
+    "run_id": "string",
+    "model": "string",
+    "started": "timestamp",
+    "seconds": "double",
+    "rows": "bigint",
+    "succeeded": "bigint",
+    "failed": "bigint",
+    "prompt_tokens": "bigint",
+    "completion_tokens": "bigint",
+    "cached_tokens": "bigint",
+    "tokens_per_second": "double",
+}
+"""The usage table, one row per run: column to Spark type, in order."""
+
+COMPLETION_TYPE = (
+    "struct<choices:array<struct<index:bigint,finish_reason:string,message:struct<role:string,content:string>>>,"
+    "usage:struct<prompt_tokens:bigint,completion_tokens:bigint,total_tokens:bigint,cached_tokens:bigint>,"
+    "error:struct<code:string,message:string>,created:bigint,generation_seconds:double>"
+)
+"""What of the model's answer crosses Spark. No top-level leaf is ever null: MLflow would make it the text `nan`."""

@@ -1,0 +1,94 @@
+"""Messages to token ids, with the model's own chat template and tokenizer."""
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from phibatch.contract import ErrorCode, Message
+from phibatch.errors import EngineError, RowError
+
+
+class ChatTokenizer:
+    """The tokenizer of a model, which tells the template's control tokens from the same characters in a message.
+
+    A tokenizer takes `<|user|>` inside a message for the control token, so that a row could open a turn of its own.
+    Encoding message and template apart would change the ids (leading spaces, merges, swallowed newlines). So the
+    conversation is encoded whole, by a copy of the tokenizer in which every control token has a secret name: the
+    template's are renamed, the messages' are left, and are ordinary text. Without control text in the messages the ids
+    are those of the rendered template, exactly.
+
+    Args:
+        file: the model's `tokenizer.json`.
+        render: the model's chat template: a conversation to text, up to where the answer begins. Raises ValueError
+            or RuntimeError when the template refuses the conversation.
+    """
+
+    def __init__(self, file: Path, render: Callable[[Sequence[Message]], str]) -> None:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        self._render = render
+        self._plain = Tokenizer.from_str(json.dumps(content))
+        # Marks of private-use characters and a random name: a message can not hold one, save by guessing.
+        nonce = secrets.token_hex(16)
+        visible = [token["content"] for token in content["added_tokens"] if token["content"].strip()]
+        # The longest first, so that no name is replaced inside another.
+        visible.sort(key=len, reverse=True)
+        self._names = {name: f"\ue000{nonce}c{place}\ue001" for place, name in enumerate(visible)}
+        self._marks = {name: f"\ue000{nonce}m{place}\ue001" for place, name in enumerate(visible)}
+        self._renamed = Tokenizer.from_str(json.dumps(_rename(content, self._names)))
+        for token in content["added_tokens"]:
+            name = self._names.get(token["content"], token["content"])
+            if self._renamed.token_to_id(name) != token["id"]:
+                raise EngineError(f"the tokenizer's control token {token['content']} can not be told from text")
+
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, ready for the answer.
+
+        Raises:
+            RowError: the template refuses the conversation, or has no place for its system message.
+        """
+        marked = [Message(message.role, _replace(message.content, self._marks)) for message in messages]
+        try:
+            rendered = self._render(marked)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "no reason given"
+            raise RowError(
+                ErrorCode.INVALID_REQUEST, f"the chat template refuses the conversation: {reason}"
+            ) from error
+        for message in marked:
+            if message.role == "system" and message.content.strip() not in rendered:
+                raise RowError(ErrorCode.INVALID_REQUEST, "the model's chat template has no place for a system message")
+        renamed = _replace(rendered, self._names)
+        text = _replace(renamed, {mark: name for name, mark in self._marks.items()})
+        return list(self._renamed.encode(text, add_special_tokens=False).ids)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The ids of a text whose control tokens are meant."""
+        return list(self._plain.encode(prompt, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, without control tokens."""
+        return str(self._plain.decode(list(ids), skip_special_tokens=True))
+
+
+def _replace(text: str, names: dict[str, str]) -> str:
+    for old, new in names.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _rename(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A `tokenizer.json` whose added tokens have other names and the same ids."""
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        vocab: Any = {names.get(token, token): number for token, number in model["vocab"].items()}
+    else:
+        vocab = [[names.get(token, token), score] for token, score in model["vocab"]]
+    unknown = model.get("unk_token")
+    model = {**model, "vocab": vocab, "unk_token": names.get(unknown, unknown)}
+    added = [{**token, "content": names.get(token["content"], token["content"])} for token in content["added_tokens"]]
+    # A post-processor only acts on `add_special_tokens`, and would name tokens that are gone.
+    return {**content, "model": model, "added_tokens": added, "post_processor": None}

@@ -1,0 +1,85 @@
+"""One request on its way through an engine: what it has said, and whether it is done."""
+
+import time
+
+from phibatch.contract import Completion, ErrorCode, FinishReason, Request, Usage
+from phibatch.errors import RowError
+from phibatch.model.chat import ChatTokenizer
+from phibatch.model.engine.sampling import Logits, Sampler
+
+
+class Row:
+    """A request with its prompt's ids, from admission to its last token.
+
+    Args:
+        request: what is asked for.
+        tokenizer: the model's.
+        context_length: prompt and completion together, in tokens.
+        eos_token_ids: the tokens that end a turn.
+
+    Raises:
+        RowError: the prompt leaves no room for a token, or can not be rendered.
+    """
+
+    def __init__(
+        self, request: Request, tokenizer: ChatTokenizer, context_length: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        if request.prompt is not None:
+            self.prompt = tokenizer.encode_prompt(request.prompt)
+        else:
+            self.prompt = tokenizer.encode_messages(request.messages)
+        if not self.prompt:
+            raise RowError(ErrorCode.INVALID_REQUEST, "the prompt is empty")
+        if len(self.prompt) >= context_length:
+            raise RowError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"the prompt has {len(self.prompt)} tokens, and a context of {context_length} leaves no room to answer",
+            )
+        self.limit = min(request.params.max_tokens, context_length - len(self.prompt))
+        self.finish_reason: FinishReason | None = None
+        self._stop = request.params.stop
+        self._sampler = Sampler(request.params, self.prompt)
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._ids: list[int] = []
+        self._text: str | None = None
+        self._admitted = 0.0
+        self._ended = 0.0
+
+    @property
+    def total_limit(self) -> int:
+        """The most tokens that the row can come to, prompt and completion."""
+        return len(self.prompt) + self.limit
+
+    def admit(self) -> None:
+        """Start the row's clock."""
+        self._admitted = time.perf_counter()
+
+    def step(self, logits: Logits) -> int:
+        """Choose the next token from logits of shape [vocabulary], keep it, and see whether it was the last."""
+        token = self._sampler.choose(logits)
+        if token in self._eos_token_ids:
+            self._finish(FinishReason.STOP)
+            return token
+        self._ids.append(token)
+        if self._stop:
+            # Decoded whole each time: a stop string may lie across tokens, and half a character is no text yet.
+            text = self._tokenizer.decode(self._ids)
+            places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+            if places:
+                self._text = text[: min(places)]
+                self._finish(FinishReason.STOP)
+                return token
+        if len(self._ids) == self.limit:
+            self._finish(FinishReason.LENGTH)
+        return token
+
+    def completion(self) -> Completion:
+        """The answer of a finished row."""
+        text = self._tokenizer.decode(self._ids) if self._text is None else self._text
+        usage = Usage(len(self.prompt), len(self._ids))
+        return Completion(text, self.finish_reason, usage, self._ended - self._admitted)
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._ended = time.perf_counter()

@@ -1,0 +1,114 @@
+"""An onnxruntime-genai model folder: what it must hold, what it must not, and its digest."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from phibatch.errors import ModelError
+
+CONFIG = "genai_config.json"
+TOKENIZER = "tokenizer.json"
+NATIVE_SUFFIXES = (".so", ".dll", ".dylib")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A checked folder.
+
+    Attributes:
+        path: the folder.
+        context_length: prompt and completion together, in tokens.
+        eos_token_ids: the tokens that end a turn.
+        pad_token_id: what fills the end of a shorter row.
+    """
+
+    path: Path
+    context_length: int
+    eos_token_ids: frozenset[int]
+    pad_token_id: int
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Check a folder.
+
+        Raises:
+            ModelError: it is not an onnxruntime-genai model (the sentence names what is missing), or its configuration
+                names native libraries or files outside the folder.
+        """
+        missing = [name for name in (CONFIG, TOKENIZER) if not (path / name).is_file()]
+        if missing:
+            raise ModelError(f"{path} is not an onnxruntime-genai model folder: {' and '.join(missing)} missing")
+        model = _read_json(path / CONFIG).get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("decoder"), dict):
+            raise ModelError(f"{path / CONFIG} describes no model with a decoder")
+        _check_no_native_code(path / CONFIG, model)
+        for name in _graphs(model):
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ModelError(f"{path / CONFIG} names {name}, which is outside the folder")
+            if not (path / name).is_file():
+                raise ModelError(f"{path} is not an onnxruntime-genai model folder: {name} missing")
+        if not _has_chat_template(path):
+            raise ModelError(
+                f"{path} has no chat template: neither chat_template.jinja nor tokenizer_config.json gives one"
+            )
+        try:
+            eos = model["eos_token_id"]
+            eos_token_ids = frozenset(int(token) for token in (eos if isinstance(eos, list) else [eos]))
+            return cls(path, int(model["context_length"]), eos_token_ids, int(model["pad_token_id"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{path / CONFIG} must give context_length, eos_token_id and pad_token_id as numbers"
+            ) from error
+
+    def digest(self) -> str:
+        """SHA-256 over the names and contents of all files, whatever the order in which the folder lists them."""
+        total = hashlib.sha256()
+        for file in sorted(file for file in self.path.rglob("*") if file.is_file()):
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{content}\n".encode())
+        return total.hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return content
+
+
+def _graphs(model: dict[str, Any]) -> list[str]:
+    """The ONNX files that the configuration names, wherever in it they stand."""
+    names = [str(value) for key, value in _items(model) if key == "filename"]
+    return names or ["model.onnx"]
+
+
+def _check_no_native_code(file: Path, model: dict[str, Any]) -> None:
+    for key, value in _items(model):
+        named = key == "provider_options" and value and any(set(option) - {"cpu", "CPU"} for option in value)
+        library = "library" in key or (isinstance(value, str) and value.lower().endswith(NATIVE_SUFFIXES))
+        if named or library:
+            raise ModelError(
+                f"{file} names native code ({key}): only models that run on onnxruntime's own CPU kernels are taken"
+            )
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    """Every key and value, at any depth."""
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in ((key, item), *_items(item))]
+    if isinstance(value, list):
+        return [pair for item in value for pair in _items(item)]
+    return []
+
+
+def _has_chat_template(path: Path) -> bool:
+    if (path / "chat_template.jinja").is_file():
+        return True
+    config = path / "tokenizer_config.json"
+    return config.is_file() and bool(_read_json(config).get("chat_template"))
