@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams, build_params
+from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName
 from phibatch.errors import ConfigError
 
 
@@ -75,8 +75,12 @@ class GenerationConfig(_Section):
             raise ValueError(f"it must be {NUMBERS[info.field_name]}")
         return value
 
-    def params(self) -> GenerationParams:
-        return build_params(self.model_dump())
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("it must be a list of non-empty strings")
+        return value
 
 
 class OutputConfig(_Section):
@@ -191,7 +195,7 @@ def _sentence(item: Any) -> str:
         return f"{name} is missing"
     reason = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], dict | BaseModel):
-        return f"{name}: {reason}"
+        return f"{name}: {reason}" if name else reason
     return f"{name} is {item['input']!r}: {reason}"
 
 

@@ -48,8 +48,8 @@ class Bounds:
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        low = f"{'above' if self.above else 'from'} {self.low:g}" if math.isfinite(self.low) else ""
-        high = f"up to {self.high:g}" if math.isfinite(self.high) else ""
+        low = f"{'above' if self.above else 'from'} {self.low:.15g}" if math.isfinite(self.low) else ""
+        high = f"up to {self.high:.15g}" if math.isfinite(self.high) else ""
         return " ".join(word for word in (kind, low, high) if word)
 
 

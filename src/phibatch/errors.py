@@ -8,6 +8,7 @@ PhibatchError
 │   └── OutputError      the output: already there, or not to be written
 ├── RowError             one row can not be answered: becomes that row's `error`, never leaves the model
 ├── EngineError          the engine can not go on: fails the task, and Spark retries it (exit 1)
+├── RunError             Spark gave the run up, for another reason (exit 1)
 └── ErrorRateExceeded    the output is written whole, but too many of its rows failed (exit 3)
 """
 
@@ -50,6 +51,10 @@ class RowError(PhibatchError):
 
 class EngineError(PhibatchError):
     """Raised when the engine itself fails, so that no row of the task can be trusted."""
+
+
+class RunError(PhibatchError):
+    """Raised when Spark gives a run up after its own retries: a lost disk, a worker that dies again and again."""
 
 
 class ErrorRateExceeded(PhibatchError):

@@ -8,6 +8,7 @@ from pyspark.sql import functions as F
 from phibatch.config import OutputConfig
 from phibatch.contract import USAGE_COLUMNS
 from phibatch.errors import OutputError
+from phibatch.job.session import explain_failure, first_line
 
 
 def check_output(spark: SparkSession, config: OutputConfig) -> None:
@@ -23,9 +24,17 @@ def check_output(spark: SparkSession, config: OutputConfig) -> None:
 
 
 def write_responses(responses: DataFrame, config: OutputConfig) -> None:
-    """Write the response table: the one action on the generated frame."""
+    """Write the response table: the one action on the generated frame.
+
+    Raises:
+        EngineError: the engine failed, on every attempt.
+        RunError: Spark could not finish for another reason.
+    """
     writer = responses.write.format(config.format).mode("errorifexists" if config.mode == "error" else config.mode)
-    writer.saveAsTable(config.place) if config.table else writer.save(config.place)
+    try:
+        writer.saveAsTable(config.place) if config.table else writer.save(config.place)
+    except (PySparkException, Py4JJavaError) as error:
+        raise explain_failure(error) from error
 
 
 def read_responses(spark: SparkSession, config: OutputConfig) -> DataFrame:
@@ -56,12 +65,8 @@ def _exists(spark: SparkSession, config: OutputConfig) -> bool:
     try:
         # The one source whose schema is known without a file to look into.
         spark.read.format("binaryFile").load(config.place)
-    except PySparkException as error:
-        if error.getCondition() == "PATH_NOT_FOUND":
+    except (PySparkException, Py4JJavaError) as error:
+        if isinstance(error, PySparkException) and error.getCondition() == "PATH_NOT_FOUND":
             return False
-        raise OutputError(f"the output {config.place} can not be reached: {error.getMessage()}") from error
-    except Py4JJavaError as error:
-        raise OutputError(
-            f"the output {config.place} can not be reached: {error.java_exception.getMessage()}"
-        ) from error
+        raise OutputError(f"the output {config.place} can not be reached: {first_line(error)}") from error
     return True

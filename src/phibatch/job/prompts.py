@@ -13,6 +13,7 @@ from pyspark.sql import types as T
 from phibatch.config import GenerationConfig, InputConfig
 from phibatch.contract import NUMBERS, ROLES, Bounds
 from phibatch.errors import InputError
+from phibatch.job.session import first_line
 
 MESSAGES_TYPE = "array<struct<role:string,content:string>>"
 ANY_TEXT = r"(?U)\S"
@@ -24,20 +25,16 @@ def read_prompts(spark: SparkSession, config: InputConfig) -> DataFrame:
     Raises:
         InputError: it is absent or can not be read, in one sentence.
     """
-    place = config.path or config.table
+    place = f"input.path {config.path}" if config.table is None else f"input.table {config.table}"
     try:
         if config.table is not None:
             return spark.read.options(**config.options).table(config.table)
         return spark.read.format(config.format).options(**config.options).load(config.path)
-    except PySparkException as error:
-        condition = error.getCondition() or ""
+    except (PySparkException, Py4JJavaError) as error:
+        condition = error.getCondition() if isinstance(error, PySparkException) else None
         if condition in {"PATH_NOT_FOUND", "TABLE_OR_VIEW_NOT_FOUND"}:
-            raise InputError(f"the input {place} does not exist") from error
-        raise InputError(f"the input {place} can not be read as {config.format}: {_first_line(error)}") from error
-    except Py4JJavaError as error:
-        raise InputError(
-            f"the input {place} can not be read as {config.format}: {error.java_exception.getMessage()}"
-        ) from error
+            raise InputError(f"{place} does not exist") from error
+        raise InputError(f"{place} can not be read as {config.format}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +183,6 @@ def _conversation_reason(
         F.when(~prompt.rlike(ANY_TEXT), "prompt is blank"),
         F.when(given.isNotNull() & messages.isNull(), "messages is not a JSON array of objects with role and content"),
         F.when(F.size(messages) == 0, "messages is empty"),
-        F.when(F.exists(messages, lambda message: message.isNull()), "messages holds a null"),
         F.when(
             F.size(unknown) > 0,
             F.concat(F.lit("unknown role '"), named, F.lit(f"' in messages; it must be one of {', '.join(ROLES)}")),
@@ -274,7 +270,3 @@ def _nearest(name: str, df: DataFrame) -> str:
     near = difflib.get_close_matches(name, df.columns, n=1, cutoff=0.5)
     there = f"its columns are {', '.join(df.columns)}"
     return f": did you mean {near[0]}? ({there})" if near else f": {there}"
-
-
-def _first_line(error: PySparkException) -> str:
-    return (error.getMessage() or str(error)).splitlines()[0]

@@ -1,14 +1,18 @@
-"""The Spark session of the command line and the scripts; elsewhere a session is given."""
+"""Spark itself: the session of the command line, its task slots, and its errors in a line."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
+from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from phibatch.errors import UserError
+from phibatch import QUIET
+from phibatch.errors import EngineError, PhibatchError, RunError, UserError
 
 LOG_SETTINGS = Path(__file__).with_name("log4j2.properties")
 
@@ -22,6 +26,8 @@ def open_session(name: str) -> SparkSession:
     # Workers must run this Python: the one that is first on PATH seldom has the packages.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(name)
+    for variable, value in QUIET.items():
+        builder = builder.config(f"spark.executorEnv.{variable}", value)
     if not SparkConf().contains("spark.master") and "SPARK_REMOTE" not in os.environ:
         if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
             raise UserError("Spark needs Java 17, and there is no java on PATH: install openjdk-17-jre-headless")
@@ -47,3 +53,19 @@ def count_slots(spark: SparkSession) -> int:
     """How many tasks run at once: the cores that Spark has, by the cores that a task takes."""
     task_cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
     return max(1, spark.sparkContext.defaultParallelism // task_cpus)
+
+
+def explain_failure(error: PySparkException | Py4JJavaError) -> PhibatchError:
+    """What a failed run is to be told as: the engine's own words where it raised, else the innermost reason given."""
+    engine = f"{EngineError.__module__}.{EngineError.__name__}: "
+    reasons = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
+    for line in reasons:
+        if line.startswith(engine):
+            return EngineError(f"the engine failed: {line.removeprefix(engine)}")
+    return RunError(f"Spark gave the run up: {reasons[-1] if reasons else first_line(error)}")
+
+
+def first_line(error: PySparkException | Py4JJavaError) -> str:
+    """What Spark says went wrong, without the stack that it adds."""
+    message = error.getMessage() if isinstance(error, PySparkException) else error.java_exception.getMessage()
+    return (message or str(error)).splitlines()[0]

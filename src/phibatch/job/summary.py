@@ -1,5 +1,6 @@
 """The written table, added up; and what of a run goes to MLflow."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -114,9 +115,12 @@ def log_summary(summary: BatchSummary) -> None:
 
 
 def _dataset(prompts: DataFrame, config: InputConfig) -> Any:
-    if config.table:
-        return from_spark(prompts, table_name=config.table)
-    return from_spark(prompts, path=config.path)
+    with warnings.catch_warnings():
+        # A hint for those who train on the table's whole numbers.
+        warnings.filterwarnings("ignore", message=".*Inferred schema contains integer column")
+        if config.table:
+            return from_spark(prompts, table_name=config.table)
+        return from_spark(prompts, path=config.path)
 
 
 def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,8 @@ class ChatTokenizer:
         # The longest first, so that no name is replaced inside another.
         visible.sort(key=len, reverse=True)
         self._names = {name: f"\ue000{nonce}c{place}\ue001" for place, name in enumerate(visible)}
-        self._marks = {name: f"\ue000{nonce}m{place}\ue001" for place, name in enumerate(visible)}
+        # NUL is marked too: onnxruntime-genai's template engine ends its text there.
+        self._marks = {name: f"\ue000{nonce}m{place}\ue001" for place, name in enumerate([*visible, "\0"])}
         self._renamed = Tokenizer.from_str(json.dumps(_rename(content, self._names)))
         for token in content["added_tokens"]:
             name = self._names.get(token["content"], token["content"])

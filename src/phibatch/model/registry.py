@@ -2,7 +2,11 @@
 
 import difflib
 import os
+import shutil
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,13 +105,13 @@ def log_onnx(model_dir: Path, name: str, alias: str | None = None) -> ResolvedMo
     """
     digest = ModelFolder.open(model_dir).digest()
     requirements = [f"phibatch=={phibatch.__version__}", *(f"{each}=={version(each)}" for each in REQUIREMENTS)]
-    with warnings.catch_warnings():
+    with _without_links(model_dir) as folder, warnings.catch_warnings():
         # An example would load the model and generate with it, to infer a signature that is given.
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(ENTRY),
-            artifacts={ARTIFACT: str(model_dir)},
+            artifacts={ARTIFACT: str(folder)},
             signature=signature(),
             pip_requirements=requirements,
             model_config={"name": name, "digest": digest},
@@ -117,6 +121,23 @@ def log_onnx(model_dir: Path, name: str, alias: str | None = None) -> ResolvedMo
     if alias:
         mlflow.MlflowClient().set_registered_model_alias(name, alias, info.registered_model_version)
     return ResolvedModel(f"models:/{name}/{info.registered_model_version}", digest)
+
+
+@contextmanager
+def _without_links(folder: Path) -> Iterator[Path]:
+    """The folder with its files in place: the hub client's cache holds links, which MLflow does not follow."""
+    if not any(file.is_symlink() for file in folder.rglob("*")):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="phibatch-") as temporary:
+        yield Path(shutil.copytree(folder, Path(temporary, folder.name), copy_function=_link_or_copy))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def resolve_model(uri: str) -> ResolvedModel:

@@ -1,0 +1,64 @@
+# Everything sets up what it needs by itself, in .venv; `make` alone lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip takes the tested set; pyproject.toml says what else would do.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+export ORT_DISABLE_TELEMETRY := 1
+export PYSPARK_PYTHON := $(abspath $(BIN)/python)
+export SPARK_LOCAL_IP := 127.0.0.1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-wheel lint format build clean java python
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+run: $(VENV)/.core java ## Log the embedded model and run the job on the sample prompts
+	@$(BIN)/phibatch log onnx --name phibatch-demo --alias champion \
+	  --model-dir "$$($(BIN)/python -c 'from phibatch import demo; print(demo.MODEL_DIR)')"
+	@$(BIN)/phibatch run --config conf/demo.yaml --show 10
+
+test: $(VENV)/.dev java ## Run every test
+	@$(BIN)/python -m pytest
+
+test-wheel: build java ## Run every test against the built wheel, in an environment of its own
+	@rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	@.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  "$$(ls dist/phibatch-*.whl)[dev]"
+	@PYSPARK_PYTHON=$(abspath .venv-wheel/bin/python) .venv-wheel/bin/python -P -m pytest
+
+lint: $(VENV)/.dev ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev ## Put the code into the one style
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+build: $(VENV)/.dev ## Build the wheel into dist/
+	@rm -rf dist && PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --wheel --outdir dist . >/dev/null && ls dist
+
+clean: ## Remove what the targets have made
+	rm -rf $(VENV) .venv-wheel dist output mlruns mlflow.db .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/.core: pyproject.toml constraints.txt | python
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing phibatch into $(VENV)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "installing what tests and lint need into $(VENV)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "phibatch needs Python 3.11 or newer: run make PYTHON=/path/to/python3.11"; exit 1; }
+
+java:
+	@java -version >/dev/null 2>&1 || test -x "$$JAVA_HOME/bin/java" || \
+	  { echo "Spark needs Java 17: install openjdk-17-jre-headless"; exit 1; }

@@ -1,0 +1,48 @@
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from phibatch import demo
+
+BAD = {"null prompt": "invalid_request", "unknown role": "invalid_request", "over-long": "context_length_exceeded"}
+
+
+@pytest.fixture
+def thousand(write_parquet):
+    """1,000 rows, greedy and sampled by turns, three of them bad."""
+    prompts = pq.read_table(demo.PROMPTS).to_pylist()
+    rows = []
+    for place in range(997):
+        prompt = prompts[place % len(prompts)]
+        sampling = {"temperature": 0.8 if place % 2 else 0.0, "seed": place}
+        rows.append({"custom_id": f"row-{place}", "prompt": prompt["prompt"], "system": prompt["system"], **sampling})
+    rows += [
+        {"custom_id": "null prompt"},
+        {"custom_id": "unknown role", "messages": '[{"role": "robot", "content": "hi"}]'},
+        {"custom_id": "over-long", "prompt": "word " * 3000},
+    ]
+    columns = ("custom_id", "prompt", "system", "messages", "temperature", "seed")
+    return write_parquet([{name: row.get(name) for name in columns} for row in rows])
+
+
+def read(path):
+    return pd.read_parquet(path).set_index("custom_id").sort_index()
+
+
+def test_a_cluster_answers_as_one_core_does(cluster, submit, demo_model, thousand, tmp_path):
+    """1,000 rows under spark-submit: two workers of one core and local[1] write the same table, bad rows and all."""
+    tables = {}
+    for name, master in {"cluster": cluster, "local": "local[1]"}.items():
+        output = tmp_path / name
+        done = submit(
+            master, "--input", thousand, "--output", str(output), "--model", "models:/demo@champion", "--set", "generation.max_tokens=64"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "997" in done.stdout
+        tables[name] = read(output)
+    for column in ("response", "finish_reason", "usage", "error", "request_key", "model"):
+        assert tables["cluster"][column].tolist() == tables["local"][column].tolist(), column
+    table = tables["cluster"]
+    assert len(table) == 1000
+    failed = table[table["response"].isna()]
+    assert {name: error["code"] for name, error in failed["error"].items()} == BAD

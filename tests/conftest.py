@@ -1,0 +1,97 @@
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from phibatch import demo
+from phibatch.config import JobConfig, build_config
+
+# What a session's processes inherit; workers must run this Python, with this package.
+os.environ["PYSPARK_PYTHON"] = sys.executable
+os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+
+
+@pytest.fixture(scope="session")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A real MLflow store of the session's own."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(experiment_id=mlflow.create_experiment("tests", artifact_location=folder.as_uri()))
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ["MLFLOW_EXPERIMENT_NAME"] = "tests"
+    return uri
+
+
+@pytest.fixture(scope="session")
+def demo_model(tracking: str) -> Any:
+    """The embedded model, logged as `demo@champion`."""
+    from phibatch.model.registry import log_onnx
+
+    return log_onnx(demo.MODEL_DIR, "demo", "champion")
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[Any]:
+    """A real session of two task slots."""
+    from pyspark.sql import SparkSession
+
+    from phibatch.job.session import LOG_SETTINGS
+
+    session = (
+        SparkSession.builder.master("local[2]")
+        .appName("phibatch-tests")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .config("spark.driver.extraJavaOptions", f"-Dlog4j2.configurationFile={LOG_SETTINGS.as_uri()}")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        # Small tables: one partition a shuffle is the fastest.
+        .config("spark.sql.shuffle.partitions", 1)
+        # The catalog of saveAsTable, in memory, with its files where the test run keeps its own.
+        .config("spark.sql.catalogImplementation", "in-memory")
+        .getOrCreate()
+    )
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def write_parquet(tmp_path: Path) -> Callable[..., str]:
+    """Write rows as a Parquet file, with a schema in pyarrow's types where it can not be guessed."""
+
+    def write(rows: list[dict[str, Any]] | pd.DataFrame, name: str = "input", schema: Any = None) -> str:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = tmp_path / f"{name}.parquet"
+        records = rows if isinstance(rows, list) else rows.to_dict("records")
+        pq.write_table(pa.Table.from_pylist(records, schema=schema), path)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., JobConfig]:
+    """A job on the embedded model with the echo engine, unless the test says otherwise."""
+
+    def build(path: str, **sections: dict[str, Any]) -> JobConfig:
+        document: dict[str, dict[str, Any]] = {
+            "input": {"path": path},
+            "model": {"uri": "models:/demo@champion", "engine": "echo"},
+            "output": {"path": str(tmp_path / "output")},
+            "job": {"max_error_rate": 1},
+        }
+        for section, values in sections.items():
+            document.setdefault(section, {}).update(values)
+        return build_config(document)
+
+    return build

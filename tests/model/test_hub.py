@@ -1,0 +1,112 @@
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from phibatch import demo
+
+REPO = "example/tiny-onnx"
+SUBFOLDER = "cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4"
+COMMIT = "0" * 39 + "1"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a Hugging Face hub as its client asks of one: a listing, and files by commit."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[str]
+
+    def files(self):
+        model = {f"{SUBFOLDER}/{file.name}": file.read_bytes() for file in demo.MODEL_DIR.iterdir()}
+        return {**model, f"{SUBFOLDER}/configuration.py": b"raise SystemExit", "README.md": b"a readme"}
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def answer(self, *, body):
+        self.asked.append(self.path)
+        path = self.path.partition("?")[0]
+        if path.startswith(f"/api/models/{REPO}/revision/") or path == f"/api/models/{REPO}":
+            listing = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files()]}
+            return self.send(json.dumps(listing).encode(), body, {"Content-Type": "application/json"})
+        if path.startswith(f"/api/models/{REPO}/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}  # noqa: S324 - git's
+                for name, content in self.files().items()
+            ]
+            return self.send(json.dumps(tree).encode(), body, {"Content-Type": "application/json"})
+        name = path.removeprefix(f"/{REPO}/resolve/").partition("/")[2]
+        content = self.files().get(name) if path.startswith(f"/{REPO}/resolve/") else None
+        if content is None:
+            return self.send(b"{}", body, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repository"}, 404)
+        etag = hashlib.sha256(content).hexdigest()
+        return self.send(content, body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+
+    def send(self, content, body, headers, status=200):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, tracking):
+    """A hub on loopback, and a way to run `phibatch log onnx` against it."""
+    Hub.asked = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def log(*arguments):
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hub"),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        command = [sys.executable, "-m", "phibatch.cli", "log", "onnx", "--name", "from-hub", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    yield log
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_is_logged_from_a_hub(hub):
+    """`--hf-repo` and `--subfolder` fetch that folder with a progress bar, without its code, and log it."""
+    done = hub("--hf-repo", REPO, "--subfolder", SUBFOLDER, "--alias", "champion")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("models:/from-hub/")
+    assert "%|" in done.stderr
+    fetched = {path for path in Hub.asked if "/resolve/" in path}
+    assert any(path.endswith("model.onnx") for path in fetched)
+    assert not any(path.endswith((".py", "README.md")) for path in fetched)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--hf-repo", "example/nope"], "example/nope can not be downloaded"),
+        (["--hf-repo", REPO, "--subfolder", "nope"], f"{REPO} has no folder nope"),
+        ([], "exactly one of --model-dir and --hf-repo must be given"),
+    ],
+)
+def test_what_a_hub_lacks_is_one_sentence(hub, arguments, sentence):
+    """A repository or folder that is not there ends with exit code 2 and a sentence."""
+    done = hub(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"phibatch: {sentence}")
+    assert "Traceback" not in done.stderr

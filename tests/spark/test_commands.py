@@ -1,0 +1,111 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("demo_model")
+
+
+@pytest.fixture
+def phibatch(tmp_path):
+    """Run the command in a folder of its own."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"}
+        command = [sys.executable, "-m", "phibatch.cli", *arguments]
+        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+    run.folder = folder
+    return run
+
+
+ECHO = ("--set", "model.engine=echo", "--model", "models:/demo@champion")
+
+
+def test_a_run_says_what_it_does(phibatch, write_parquet):
+    """A run shows the model it resolved, the rows to do, and at the end a table of what was done and where it lies."""
+    path = write_parquet([{"custom_id": "1", "prompt": "hello"}, {"custom_id": "2", "prompt": None}])
+    done = phibatch("run", "--input", path, "--output", "out", *ECHO, "--show", "2")
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    for piece in (
+        "model models:/demo/1 (from models:/demo@champion)",
+        "rows 2: 1 to generate, 0 duplicates, 1 rejected",
+        "succeeded 1",
+        "failed: invalid_request 1",
+        "completion tokens 1",
+        "tokens per second",
+        "responses out",
+        "usage out_usage",
+        "hello",
+        "prompt is null",
+    ):
+        assert piece in words
+    assert "\x1b" not in done.stdout
+    assert sorted(each.name for each in phibatch.folder.iterdir()) == ["out", "out_usage"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--set", "generation.max_token=5"], "unknown key generation.max_token: did you mean generation.max_tokens?"),
+        (["--input", "nope"], "input.path nope does not exist"),
+        (["--set", "input.columns.prompt=promt"], "the input has no column promt (input.columns.prompt): did you mean prompt?"),
+        (["--model", "models:/demmo@champion"], "model models:/demmo@champion is not known at"),
+        (["--config", "nope.yaml"], "the configuration nope.yaml can not be read: No such file or directory"),
+        (["--set", "generation.max_tokens"], "--set generation.max_tokens has no value: write --set section.key=value"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(phibatch, write_parquet, arguments, sentence):
+    """A mistake ends with exit code 2 and one sentence, without a traceback, and nothing is written."""
+    path = write_parquet([{"prompt": "hello"}])
+    done = phibatch("run", "--input", path, "--output", "out", *ECHO, *arguments)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("phibatch: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"phibatch: {sentence}")
+    assert done.stderr.splitlines()[-1] == said[0]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(phibatch.folder.iterdir()) == []
+
+
+def test_an_input_without_a_prompt_is_one_sentence(phibatch, write_parquet):
+    """A table with no prompt column ends with exit code 2, and nothing is written."""
+    done = phibatch("run", "--input", write_parquet([{"question": "hello"}]), "--output", "out", *ECHO)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("phibatch: the input has no column prompt and no column messages")
+    assert list(phibatch.folder.iterdir()) == []
+
+
+def test_too_many_failures_are_exit_code_3(phibatch, write_parquet):
+    """More failures than `job.max_error_rate` end with exit code 3, after the table is written."""
+    path = write_parquet([{"prompt": "hello" if n else None} for n in range(4)])
+    done = phibatch("run", "--input", path, "--output", "out", *ECHO, "--set", "job.max_error_rate=0.2")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("phibatch: 1 of 4 rows failed, more than job.max_error_rate = 0.2 allows")
+    assert (phibatch.folder / "out" / "_SUCCESS").exists()
+
+
+def test_without_java_the_package_to_install_is_named(phibatch, write_parquet, monkeypatch, tmp_path):
+    """No Java on PATH is one sentence with the package that brings it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    done = phibatch("run", "--input", write_parquet([{"prompt": "hello"}]), "--output", "out", *ECHO)
+    assert done.returncode == 2
+    assert "openjdk-17-jre-headless" in done.stderr.splitlines()[-1]
+
+
+def test_the_default_store_is_sqlite_in_the_working_directory(phibatch, monkeypatch):
+    """Without MLFLOW_TRACKING_URI a model is logged where the command stands, and its URI is printed last."""
+    from phibatch import demo
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    done = phibatch("log", "onnx", "--model-dir", str(demo.MODEL_DIR), "--name", "m", "--alias", "a")
+    assert done.stdout.splitlines()[-1] == "models:/m/1"
+    assert (Path(phibatch.folder) / "mlflow.db").is_file()

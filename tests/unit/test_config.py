@@ -1,0 +1,69 @@
+import pytest
+
+from phibatch.config import build_config, read_config
+from phibatch.errors import ConfigError
+
+MINIMAL = {"input": {"path": "in"}, "model": {"uri": "models:/m/1"}, "output": {"path": "out"}}
+
+
+def document(**sections):
+    return {name: {**MINIMAL.get(name, {}), **sections.get(name, {})} for name in {*MINIMAL, *sections}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"generation": {"max_token": 5}}, "unknown key generation.max_token: did you mean generation.max_tokens?"),
+        ({"input": {"columns": {"promt": "x"}}}, "unknown key input.columns.promt: did you mean input.columns.prompt?"),
+        ({"generations": {"seed": 1}}, "unknown key generations: did you mean generation?"),
+        ({"job": {"zzz": 1}}, "unknown key job.zzz: known here are name, partitions, max_error_rate"),
+        ({"generation": {"temperature": 3}}, "generation.temperature is 3: it must be a number from 0 up to 2"),
+        ({"generation": {"top_p": 0}}, "generation.top_p is 0: it must be a number above 0 up to 1"),
+        ({"generation": {"max_tokens": 0}}, "generation.max_tokens is 0: it must be a whole number from 1 up to 2147483647"),
+        ({"input": {"table": "t"}}, "input: exactly one of path and table must be set"),
+        ({"output": {"keep_columns": ["model"]}}, "output: keep_columns names 'model', which is a column of the response table itself"),
+        ({"output": {"path": "in/"}}, "the output in is the input itself"),
+        ({"generation": {"stop": [""]}}, "generation.stop is ['']: it must be a list of non-empty strings"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_field_the_value_and_the_way_out(sections, sentence):
+    """Each mistake in a configuration is named by field and value, with the nearest right name or the bounds."""
+    with pytest.raises(ConfigError) as error:
+        build_config(document(**sections))
+    assert str(error.value) == sentence
+
+
+def test_a_missing_section_is_named():
+    """A configuration without a model says so."""
+    with pytest.raises(ConfigError, match=r"^model is missing$"):
+        build_config({name: MINIMAL[name] for name in ("input", "output")})
+
+
+def test_settings_are_yaml_and_values_are_themselves(tmp_path):
+    """`--set` reads its value as YAML, and the named options take theirs as it stands; both win over the file."""
+    file = tmp_path / "job.yaml"
+    file.write_text("input: {path: a}\nmodel: {uri: m}\noutput: {path: b}\ngeneration: {max_tokens: 5}\n")
+    config = read_config(file, {"generation.max_tokens": "7", "generation.stop": "[x, y]"}, {"input.path": "1"})
+    assert (config.generation.max_tokens, config.generation.stop, config.input.path) == (7, ("x", "y"), "1")
+
+
+def test_a_config_can_not_be_changed():
+    """A checked configuration stays as it was checked."""
+    config = build_config(document())
+    with pytest.raises(ValueError, match="frozen"):
+        config.generation.max_tokens = 1
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("[1]", "is not a mapping"), ("a: [", "is not YAML")])
+def test_a_file_that_is_no_configuration_is_said_to_be_none(tmp_path, content, sentence):
+    """A file that is not YAML, or not a mapping, is one sentence."""
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=sentence):
+        read_config(file)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    """A missing file is named."""
+    with pytest.raises(ConfigError, match=r"nope.yaml can not be read: No such file"):
+        read_config(tmp_path / "nope.yaml")
