@@ -23,7 +23,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
+def environment(tracking: str) -> dict[str, str]:
     return {
         **os.environ,
         "SPARK_HOME": str(SPARK_HOME),

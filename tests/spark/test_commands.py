@@ -107,5 +107,6 @@ def test_the_default_store_is_sqlite_in_the_working_directory(phibatch, monkeypa
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
     done = phibatch("log", "onnx", "--model-dir", str(demo.MODEL_DIR), "--name", "m", "--alias", "a")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "models:/m/1"
     assert (Path(phibatch.folder) / "mlflow.db").is_file()

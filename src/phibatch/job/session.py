@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 from py4j.protocol import Py4JJavaError
-from pyspark import SparkConf
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from phibatch import QUIET
 from phibatch.errors import EngineError, PhibatchError, RunError, UserError
+
+PLATFORM = {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE", "DATABRICKS_RUNTIME_VERSION"}
+"""Any of these is set where somebody else has configured Spark: spark-submit, Connect, Databricks."""
 
 LOG_SETTINGS = Path(__file__).with_name("log4j2.properties")
 
@@ -28,7 +30,7 @@ def open_session(name: str) -> SparkSession:
     builder = SparkSession.builder.appName(name)
     for variable, value in QUIET.items():
         builder = builder.config(f"spark.executorEnv.{variable}", value)
-    if not SparkConf().contains("spark.master") and "SPARK_REMOTE" not in os.environ:
+    if not PLATFORM & os.environ.keys():
         if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
             raise UserError("Spark needs Java 17, and there is no java on PATH: install openjdk-17-jre-headless")
         cores = len(os.sched_getaffinity(0))
