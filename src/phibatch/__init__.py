@@ -5,8 +5,8 @@ import os
 __version__ = "0.1.0"
 
 QUIET = {
-    # onnxruntime's wheels report usage unless told not to: importing them starts threads and writes a device id under the
-    # user's cache folder, and a model loaded before a fork then hangs the child.
+    # onnxruntime's wheels report usage unless told not to: importing them starts threads and writes a device id under
+    # the user's cache folder, and a model loaded before a fork then hangs the child.
     "ORT_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",

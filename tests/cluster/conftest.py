@@ -43,7 +43,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str
 
     def start(name: str, *arguments: str) -> None:
         with (folder / f"{len(daemons)}.log").open("wb") as log:
-            command = [str(SPARK_HOME / "bin" / "spark-class"), f"org.apache.spark.deploy.{name}", "--host", "127.0.0.1"]
+            command = [
+                str(SPARK_HOME / "bin" / "spark-class"),
+                f"org.apache.spark.deploy.{name}",
+                "--host",
+                "127.0.0.1",
+            ]
             own = {**environment, "SPARK_WORKER_DIR": str(folder / "work")}
             daemons.append(subprocess.Popen([*command, *arguments], stdout=log, stderr=log, env=own))
 
@@ -65,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str
 
 def count_workers(page: int) -> int:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{page}/json/", timeout=5) as answer:  # noqa: S310 - our own page
+        with urllib.request.urlopen(f"http://127.0.0.1:{page}/json/", timeout=5) as answer:
             return int(json.load(answer)["aliveworkers"])
     except OSError:
         return 0

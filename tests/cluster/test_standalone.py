@@ -35,7 +35,15 @@ def test_a_cluster_answers_as_one_core_does(cluster, submit, demo_model, thousan
     for name, master in {"cluster": cluster, "local": "local[1]"}.items():
         output = tmp_path / name
         done = submit(
-            master, "--input", thousand, "--output", str(output), "--model", "models:/demo@champion", "--set", "generation.max_tokens=64"
+            master,
+            "--input",
+            thousand,
+            "--output",
+            str(output),
+            "--model",
+            "models:/demo@champion",
+            "--set",
+            "generation.max_tokens=64",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "997" in done.stdout

@@ -93,7 +93,9 @@ def test_a_stop_string_cuts_before_itself(engine):
     """The text ends before the first stop string, also one that lies across tokens; the reason is `stop`."""
     whole = engine.generate([request(PROMPTS[0], max_tokens=100)])[0].text
     middle = whole[3 : len(whole) // 2]
-    answers = engine.generate([request(PROMPTS[0], max_tokens=100, stop=stop) for stop in [(middle,), ("§", whole[-2:]), ("§",)]])
+    answers = engine.generate(
+        [request(PROMPTS[0], max_tokens=100, stop=stop) for stop in [(middle,), ("§", whole[-2:]), ("§",)]]
+    )
     assert [each.text for each in answers] == [whole[:3], whole[: whole.find(whole[-2:])], whole]
     assert {each.finish_reason for each in answers} == {FinishReason.STOP}
     assert answers[0].usage.completion_tokens < answers[2].usage.completion_tokens
@@ -115,7 +117,9 @@ def test_the_context_cuts_a_row_that_nearly_fills_it(engine):
     words = "a " * 100
     ids = len(tokenizer.encode_messages([Message("user", words)]))
     per_word = (len(tokenizer.encode_messages([Message("user", words * 2)])) - ids) / 100
-    nearly = Request(GenerationParams(max_tokens=500), messages=(Message("user", "a " * int((1000 - ids) / per_word + 100)),))
+    nearly = Request(
+        GenerationParams(max_tokens=500), messages=(Message("user", "a " * int((1000 - ids) / per_word + 100)),)
+    )
     requests = [nearly, request(PROMPTS[0], max_tokens=100)]
     full, neighbour = engine.generate(requests)
     assert full.usage.prompt_tokens < 1024
@@ -168,7 +172,13 @@ def test_the_folders_own_search_settings_do_not_touch_the_answers(engine, tmp_pa
     """A folder may ask for sampling, penalties or a minimum length; what counts is the request."""
     folder = shutil.copytree(demo.MODEL_DIR, tmp_path / "search")
     config = json.loads((folder / "genai_config.json").read_text())
-    config["search"] |= {"do_sample": True, "temperature": 2.0, "repetition_penalty": 3.0, "min_length": 500, "no_repeat_ngram_size": 1}
+    config["search"] |= {
+        "do_sample": True,
+        "temperature": 2.0,
+        "repetition_penalty": 3.0,
+        "min_length": 500,
+        "no_repeat_ngram_size": 1,
+    }
     (folder / "genai_config.json").write_text(json.dumps(config))
     other = GenaiEngine(folder, EngineOptions(EngineName.GENAI, batch_size=8, threads=2))
     requests = [request(row) for row in PROMPTS[:6]]
@@ -184,7 +194,11 @@ def test_nothing_is_reported_to_anyone(tmp_path):
         "engine = load_engine(demo.MODEL_DIR, 'd', EngineOptions(EngineName.GENAI, 2, 1))\n"
         "print(engine.generate([Request(GenerationParams(max_tokens=1), prompt='hi')])[0].error_code)\n"
     )
-    environment = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": ":".join(filter(None, sys.path))}
+    environment = {
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": ":".join(filter(None, sys.path)),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
     assert list(tmp_path.rglob("*")) == []

@@ -46,7 +46,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         name = path.removeprefix(f"/{REPO}/resolve/").partition("/")[2]
         content = self.files().get(name) if path.startswith(f"/{REPO}/resolve/") else None
         if content is None:
-            return self.send(b"{}", body, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repository"}, 404)
+            return self.send(
+                b"{}", body, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repository"}, 404
+            )
         etag = hashlib.sha256(content).hexdigest()
         return self.send(content, body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 

@@ -49,7 +49,10 @@ def test_params_hold_for_all_rows(model):
     cut = model.predict({"messages": SPAIN}, params={"max_tokens": 1, "stop": ["§"]})[0]
     assert (cut["usage"]["completion_tokens"], cut["choices"][0]["finish_reason"]) == (1, "length")
     bad = model.predict({"messages": SPAIN}, params={"temperature": 9.0})[0]
-    assert bad["error"] == {"code": "invalid_request", "message": "temperature is 9.0; it must be a number from 0 up to 2"}
+    assert bad["error"] == {
+        "code": "invalid_request",
+        "message": "temperature is 9.0; it must be a number from 0 up to 2",
+    }
 
 
 def test_the_echo_engine_is_chosen_by_name(model):

@@ -28,7 +28,9 @@ def test_a_logged_model_is_complete_and_holds_no_pickle(demo_model, tmp_path):
     files = sorted(str(file.relative_to(local)) for file in local.rglob("*") if file.is_file())
     assert [name for name in files if name.endswith((".pkl", ".pickle"))] == []
     copied = [name for name in files if name.endswith((".onnx", ".data"))]
-    assert copied == sorted(f"artifacts/model/{file.name}" for file in demo.MODEL_DIR.iterdir() if file.suffix in {".onnx", ".data"})
+    assert copied == sorted(
+        f"artifacts/model/{file.name}" for file in demo.MODEL_DIR.iterdir() if file.suffix in {".onnx", ".data"}
+    )
     assert "entry.py" in files
     requirements = (local / "requirements.txt").read_text()
     assert "phibatch==" in requirements
@@ -68,7 +70,9 @@ def test_an_unknown_model_is_one_sentence(demo_model, uri, sentence):
 def test_a_model_of_another_kind_is_refused(tracking, tmp_path):
     """A model that phibatch did not log has no digest, so its rows could not be known again."""
     code = tmp_path / "other.py"
-    code.write_text("from mlflow.models import set_model\nfrom mlflow.pyfunc import PythonModel\nset_model(PythonModel())\n")
+    code.write_text(
+        "from mlflow.models import set_model\nfrom mlflow.pyfunc import PythonModel\nset_model(PythonModel())\n"
+    )
     info = mlflow.pyfunc.log_model(name="other", python_model=str(code), pip_requirements=[])
     with pytest.raises(ModelError, match="was not logged by `phibatch log`"):
         resolve_model(info.model_uri)
@@ -88,8 +92,14 @@ def test_what_a_folder_lacks_is_named(folder, name):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c["model"]["decoder"]["session_options"].update(custom_ops_library="evil.so"), "names native code (custom_ops_library)"),
-        (lambda c: c["model"]["decoder"]["session_options"].update(provider_options=[{"qnn": {}}]), "names native code (provider_options)"),
+        (
+            lambda c: c["model"]["decoder"]["session_options"].update(custom_ops_library="evil.so"),
+            "names native code (custom_ops_library)",
+        ),
+        (
+            lambda c: c["model"]["decoder"]["session_options"].update(provider_options=[{"qnn": {}}]),
+            "names native code (provider_options)",
+        ),
         (lambda c: c["model"].update(extra={"path": "x/libevil.SO"}), "names native code (path)"),
         (lambda c: c["model"]["decoder"].update(filename="../model.onnx"), "which is outside the folder"),
         (lambda c: c["model"]["decoder"].update(filename="/etc/model.onnx"), "which is outside the folder"),
@@ -99,7 +109,7 @@ def test_what_a_folder_lacks_is_named(folder, name):
     ],
 )
 def test_a_folder_that_would_load_code_or_leave_itself_is_refused(folder, change, sentence):
-    """Native libraries, other execution providers and files outside the folder are refused before anything is loaded."""
+    """Native libraries, other execution providers and files outside the folder are refused before any is loaded."""
     edit(folder / "genai_config.json", change)
     with pytest.raises(ModelError) as error:
         ModelFolder.open(folder)

@@ -54,7 +54,10 @@ def test_a_run_says_what_it_does(phibatch, write_parquet):
     [
         (["--set", "generation.max_token=5"], "unknown key generation.max_token: did you mean generation.max_tokens?"),
         (["--input", "nope"], "input.path nope does not exist"),
-        (["--set", "input.columns.prompt=promt"], "the input has no column promt (input.columns.prompt): did you mean prompt?"),
+        (
+            ["--set", "input.columns.prompt=promt"],
+            "the input has no column promt (input.columns.prompt): did you mean prompt?",
+        ),
         (["--model", "models:/demmo@champion"], "model models:/demmo@champion is not known at"),
         (["--config", "nope.yaml"], "the configuration nope.yaml can not be read: No such file or directory"),
         (["--set", "generation.max_tokens"], "--set generation.max_tokens has no value: write --set section.key=value"),
@@ -87,7 +90,9 @@ def test_too_many_failures_are_exit_code_3(phibatch, write_parquet):
     path = write_parquet([{"prompt": "hello" if n else None} for n in range(4)])
     done = phibatch("run", "--input", path, "--output", "out", *ECHO, "--set", "job.max_error_rate=0.2")
     assert done.returncode == 3
-    assert done.stderr.splitlines()[-1].startswith("phibatch: 1 of 4 rows failed, more than job.max_error_rate = 0.2 allows")
+    assert done.stderr.splitlines()[-1].startswith(
+        "phibatch: 1 of 4 rows failed, more than job.max_error_rate = 0.2 allows"
+    )
     assert (phibatch.folder / "out" / "_SUCCESS").exists()
 
 

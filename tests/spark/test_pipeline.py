@@ -44,7 +44,11 @@ def test_every_row_has_one_answer_of_the_contracts_columns(spark, job, write_par
     rows = {row["custom_id"]: row for row in written.collect()}
     assert sorted(rows) == [str(n) for n in range(10)]
     assert rows["4"]["response"] == "say 1"
-    assert (rows["4"]["finish_reason"], rows["4"]["error"]["code"], rows["4"]["error"]["message"]) == ("stop", None, None)
+    assert (rows["4"]["finish_reason"], rows["4"]["error"]["code"], rows["4"]["error"]["message"]) == (
+        "stop",
+        None,
+        None,
+    )
     assert (rows["4"]["usage"]["prompt_tokens"], rows["4"]["usage"]["total_tokens"]) == (2, 4)
     assert (rows["4"]["model"], rows["4"]["run_id"]) == (summary.model, summary.run_id)
     assert rows["4"]["created"] is not None
@@ -59,7 +63,12 @@ def test_the_summary_is_the_written_tables(answers, spark, job, write_parquet):
     path = write_parquet([{"custom_id": str(n), "prompt": f"say {n % 3}" if n else None} for n in range(10)])
     config = job(path)
     summary, rows = answers(path)
-    assert (summary.rows, summary.succeeded, summary.failed, summary.failed_by_code) == (10, 9, 1, {"invalid_request": 1})
+    assert (summary.rows, summary.succeeded, summary.failed, summary.failed_by_code) == (
+        10,
+        9,
+        1,
+        {"invalid_request": 1},
+    )
     assert summary.duplicates == 6
     assert summary.prompt_tokens == sum(row["usage"]["prompt_tokens"] for row in rows.values())
     assert summary.completion_tokens == sum(row["usage"]["completion_tokens"] for row in rows.values())
@@ -92,7 +101,10 @@ def test_the_model_is_evaluated_once(spark, job, write_parquet, demo_model):
     plan = build_plan(build_requests(prompts, columns, config.input, config.generation), demo_model.digest)
     frame = generate(spark, plan, demo_model, config.model, 2, "run")
     assert evaluations(frame) == 1
-    assert evaluations(frame.where(F.col("error.code").isNull() & (F.length("response") > 0)).select("usage", "response")) == 1
+    assert (
+        evaluations(frame.where(F.col("error.code").isNull() & (F.length("response") > 0)).select("usage", "response"))
+        == 1
+    )
 
 
 @pytest.fixture
@@ -116,14 +128,20 @@ def test_the_engine_is_asked_once_for_each_distinct_request(answers, write_parqu
     """Counted in the model itself: every distinct request once, and rejected rows never."""
     path = write_parquet([{"custom_id": str(n), "prompt": f"word {n % 7}" if n else None} for n in range(50)])
     _, rows = answers(path, model={"uri": "models:/counting/1"}, output={"keep_columns": ["prompt"]})
-    asked = [json.loads(line)["messages"][0]["content"] for file in calls.iterdir() for line in file.read_text().splitlines()]
+    asked = [
+        json.loads(line)["messages"][0]["content"] for file in calls.iterdir() for line in file.read_text().splitlines()
+    ]
     assert len(rows) == 50
     assert sorted(asked) == [f"word {n}" for n in range(7)]
 
 
 def test_messages_and_parameters_reach_the_engine(answers, write_parquet):
     """Conversations, limits and stop strings arrive row by row."""
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c d e"}]
+    conversation = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c d e"},
+    ]
     rows = [
         {"custom_id": "1", "messages": json.dumps(conversation), "max_tokens": 2, "stop": None},
         {"custom_id": "2", "messages": json.dumps(conversation), "max_tokens": 9, "stop": "e"},
@@ -135,7 +153,9 @@ def test_messages_and_parameters_reach_the_engine(answers, write_parquet):
 
 def test_kept_columns_follow_the_contracts(answers, write_parquet):
     """`output.keep_columns` come after the contract's columns, with rejected rows as with answered ones."""
-    path = write_parquet([{"custom_id": "1", "prompt": "x", "tag": "t"}, {"custom_id": "2", "prompt": None, "tag": "u"}])
+    path = write_parquet(
+        [{"custom_id": "1", "prompt": "x", "tag": "t"}, {"custom_id": "2", "prompt": None, "tag": "u"}]
+    )
     _, rows = answers(path, output={"keep_columns": ["tag", "prompt"]})
     assert {name: row["tag"] for name, row in rows.items()} == {"1": "t", "2": "u"}
     assert list(rows["1"].asDict()) == [*RESPONSE_COLUMNS, "tag", "prompt"]
@@ -146,7 +166,7 @@ def test_an_existing_output_is_not_touched(spark, job, write_parquet, tmp_path):
     path = write_parquet([{"custom_id": "1", "prompt": "first"}])
     run_batch(spark, job(path))
     runs = len(mlflow.search_runs())
-    with pytest.raises(OutputError, match="exists already; name another, or set output.mode to overwrite"):
+    with pytest.raises(OutputError, match=r"exists already; name another, or set output\.mode to overwrite"):
         run_batch(spark, job(path))
     assert len(mlflow.search_runs()) == runs
     again = job(write_parquet([{"custom_id": "1", "prompt": "second"}], "other"), output={"mode": "overwrite"})

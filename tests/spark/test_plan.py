@@ -22,7 +22,9 @@ def plan(spark, write_parquet):
 
 def lines(plan):
     """Input rows with what becomes of them, by custom_id and then request_key."""
-    rows = plan.select(F.explode("rows").alias("row"), "request", "reason").select("row.*", "request", "reason").collect()
+    rows = (
+        plan.select(F.explode("rows").alias("row"), "request", "reason").select("row.*", "request", "reason").collect()
+    )
     return sorted((row.asDict() for row in rows), key=lambda row: (row["custom_id"], row["reason"] or ""))
 
 
@@ -46,7 +48,8 @@ def test_a_missing_seed_comes_from_request_and_custom_id(plan):
     rows = [{"custom_id": str(n), "prompt": f"q{n % 2}"} for n in range(4)]
     sampled = GenerationConfig(temperature=0.8)
     first, again = (
-        {row["custom_id"]: json.loads(row["request"])["seed"] for row in lines(plan(each, sampled))} for each in (rows, rows[::-1])
+        {row["custom_id"]: json.loads(row["request"])["seed"] for row in lines(plan(each, sampled))}
+        for each in (rows, rows[::-1])
     )
     other = {row["custom_id"]: json.loads(row["request"])["seed"] for row in lines(plan(rows, sampled, digest="d2"))}
     assert first == again
@@ -70,9 +73,17 @@ def test_the_request_key_holds_messages_parameters_and_model(plan):
 
 def test_of_rows_with_one_custom_id_the_same_one_is_kept_in_any_order(plan):
     """A duplicate custom_id is rejected, and which row keeps the name does not hang on the table's order."""
-    rows = [{"custom_id": "a", "prompt": prompt} for prompt in ("x", "y", "z", None)] + [{"custom_id": "b", "prompt": "x"}]
+    rows = [{"custom_id": "a", "prompt": prompt} for prompt in ("x", "y", "z", None)] + [
+        {"custom_id": "b", "prompt": "x"}
+    ]
     first, again = lines(plan(rows)), lines(plan(rows[::-1]))
-    assert [(row["custom_id"], row["reason"] is None) for row in first] == [("a", True), ("a", False), ("a", False), ("a", False), ("b", True)]
+    assert [(row["custom_id"], row["reason"] is None) for row in first] == [
+        ("a", True),
+        ("a", False),
+        ("a", False),
+        ("a", False),
+        ("b", True),
+    ]
     assert [row["request"] for row in first] == [row["request"] for row in again]
     assert first[1]["reason"] == "duplicate custom_id: another row of the input has it too"
 
@@ -93,7 +104,9 @@ def test_kept_columns_stay_with_their_row(plan):
     assert [(row["custom_id"], row["tag.x"]) for row in lines(built)] == [("0", 0), ("1", 1), ("2", 2)]
 
 
-@pytest.mark.parametrize(("rows", "slots", "partitions"), [(0, 2, 2), (10, 2, 2), (256, 2, 2), (257, 2, 4), (10**6, 100, 7900)])
+@pytest.mark.parametrize(
+    ("rows", "slots", "partitions"), [(0, 2, 2), (10, 2, 2), (256, 2, 2), (257, 2, 4), (10**6, 100, 7900)]
+)
 def test_partitions_are_whole_waves_of_the_slots(rows, slots, partitions):
     """Every slot has a partition in each wave, and no partition more than its rows."""
     assert count_partitions(rows, slots) == partitions

@@ -44,7 +44,9 @@ def test_a_prompt_becomes_a_conversation_with_the_rows_own_system_message(reques
 def test_messages_come_as_structs_or_as_json(requests):
     """Both forms give the same conversation, and the default system message only joins one without its own."""
     conversations = [[user("a")], [system("s"), user("a"), {"role": "assistant", "content": ""}, user("b")]]
-    typed = requests([{"messages": each} for each in conversations], pa.schema([("messages", MESSAGES)]), system="default")
+    typed = requests(
+        [{"messages": each} for each in conversations], pa.schema([("messages", MESSAGES)]), system="default"
+    )
     text = requests([{"messages": json.dumps(each)} for each in conversations], system="default")
     expected = [[system("default"), user("a")], conversations[1]]
     assert [row["_messages"] for row in typed] == [row["_messages"] for row in text] == expected
@@ -57,22 +59,43 @@ def test_messages_come_as_structs_or_as_json(requests):
         ({"prompt": None}, "the row has no prompt: prompt is null"),
         ({"prompt": " \n\t\u3000"}, "prompt is blank"),
         ({"messages": "nope"}, "messages is not a JSON array of objects with role and content"),
-        ({"messages": '{"role":"user","content":"x"}'}, "messages is not a JSON array of objects with role and content"),
+        (
+            {"messages": '{"role":"user","content":"x"}'},
+            "messages is not a JSON array of objects with role and content",
+        ),
         ({"messages": "[]"}, "messages is empty"),
         ({"messages": "[null]"}, "unknown role 'null' in messages; it must be one of system, user, assistant"),
-        ({"messages": '[{"role":"robot","content":"x"}]'}, "unknown role 'robot' in messages; it must be one of system, user, assistant"),
-        ({"messages": '[{"content":"x"}]'}, "unknown role 'null' in messages; it must be one of system, user, assistant"),
+        (
+            {"messages": '[{"role":"robot","content":"x"}]'},
+            "unknown role 'robot' in messages; it must be one of system, user, assistant",
+        ),
+        (
+            {"messages": '[{"content":"x"}]'},
+            "unknown role 'null' in messages; it must be one of system, user, assistant",
+        ),
         ({"messages": '[{"role":"user"}]'}, "the content of a message is not text"),
         ({"messages": '[{"role":"user","content":5}]'}, "the content of a message is not text"),
-        ({"messages": '[{"role":"user","content":[{"type":"text","text":"x"}]}]'}, "the content of a message is not text"),
+        (
+            {"messages": '[{"role":"user","content":[{"type":"text","text":"x"}]}]'},
+            "the content of a message is not text",
+        ),
         ({"messages": '[{"role":"user","content":" "}]'}, "the content of a message is blank"),
         ({"messages": json.dumps([user("a"), system("b"), user("c")])}, "a system message may only come first"),
-        ({"messages": json.dumps([user("a"), {"role": "assistant", "content": "b"}])}, "the last message is not the user's"),
+        (
+            {"messages": json.dumps([user("a"), {"role": "assistant", "content": "b"}])},
+            "the last message is not the user's",
+        ),
         ({"messages": json.dumps([user("a")]), "prompt": "b"}, "the row has both a prompt and messages"),
-        ({"messages": json.dumps([system("a"), user("b")]), "system": "c"}, "the row has a system column and a system message"),
+        (
+            {"messages": json.dumps([system("a"), user("b")]), "system": "c"},
+            "the row has a system column and a system message",
+        ),
         ({"prompt": "q", "max_tokens": 0.0}, "max_tokens is 0.0; it must be a whole number from 1 up to 2147483647"),
         ({"prompt": "q", "max_tokens": 1.5}, "max_tokens is 1.5; it must be a whole number from 1 up to 2147483647"),
-        ({"prompt": "q", "max_tokens": float("inf")}, "max_tokens is Infinity; it must be a whole number from 1 up to 2147483647"),
+        (
+            {"prompt": "q", "max_tokens": float("inf")},
+            "max_tokens is Infinity; it must be a whole number from 1 up to 2147483647",
+        ),
         ({"prompt": "q", "temperature": 2.5}, "temperature is 2.5; it must be a number from 0 up to 2"),
         ({"prompt": "q", "top_p": 0.0}, "top_p is 0.0; it must be a number above 0 up to 1"),
         ({"prompt": "q", "top_k": -1}, "top_k is -1; it must be a whole number from 0 up to 2147483647"),
@@ -98,14 +121,18 @@ def test_a_bad_row_has_its_reason(requests, row, reason):
 
 
 def test_a_rows_parameters_override_the_configurations(requests):
-    """Null and NaN leave the configuration's value, whole numbers may stand in doubles, and a long seed keeps all its bits."""
-    schema = pa.schema([("prompt", pa.string()), ("max_tokens", pa.float64()), ("seed", pa.int64()), ("stop", pa.string())])
+    """Null and NaN leave the configuration's value, doubles may hold whole numbers, and a seed keeps all its bits."""
+    schema = pa.schema(
+        [("prompt", pa.string()), ("max_tokens", pa.float64()), ("seed", pa.int64()), ("stop", pa.string())]
+    )
     rows = [
         {"prompt": "a", "max_tokens": 7.0, "seed": 2**60 + 1, "stop": "."},
         {"prompt": "b", "max_tokens": float("nan")},
         {"prompt": "c"},
     ]
-    found = [row["_params"] for row in requests(rows, schema, GenerationConfig(max_tokens=5, temperature=0.5, stop=("x",)))]
+    found = [
+        row["_params"] for row in requests(rows, schema, GenerationConfig(max_tokens=5, temperature=0.5, stop=("x",)))
+    ]
     assert [(each["max_tokens"], each["seed"], each["stop"]) for each in found] == [
         (7, 2**60 + 1, ["."]),
         (5, None, ["x"]),
@@ -131,10 +158,22 @@ def test_column_names_may_be_set(requests):
 @pytest.mark.parametrize(
     ("row", "config", "sentence"),
     [
-        ({"promt": "x"}, {}, "the input has no column prompt and no column messages: did you mean promt? (its columns are promt)"),
+        (
+            {"promt": "x"},
+            {},
+            "the input has no column prompt and no column messages: did you mean promt? (its columns are promt)",
+        ),
         ({"zzz": 1}, {}, "the input has no column prompt and no column messages: its columns are zzz"),
-        ({"prompt": "x"}, {"columns": {"seed": "sead"}}, "the input has no column sead (input.columns.seed): its columns are prompt"),
-        ({"text": "x"}, {"template": "{txt}"}, "the input has no column txt: did you mean text? (its columns are text)"),
+        (
+            {"prompt": "x"},
+            {"columns": {"seed": "sead"}},
+            "the input has no column sead (input.columns.seed): its columns are prompt",
+        ),
+        (
+            {"text": "x"},
+            {"template": "{txt}"},
+            "the input has no column txt: did you mean text? (its columns are text)",
+        ),
         ({"prompt": 5}, {}, "the column prompt is bigint; it must be string"),
         ({"prompt": "x", "custom_id": 1.5}, {}, "the column custom_id is double; it must be string or integer"),
         ({"prompt": "x", "max_tokens": "9"}, {}, "the column max_tokens is string; it must be a number"),
@@ -142,8 +181,10 @@ def test_column_names_may_be_set(requests):
         (
             {"messages": [{"role": "user", "text": "x"}]},
             {},
-            "the column messages is array<struct<role:string,text:string>>; it must be"
-            " array<struct<role:string,content:string>> or a JSON string of it",
+            (
+                "the column messages is array<struct<role:string,text:string>>; "
+                "it must be array<struct<role:string,content:string>> or a JSON string of it"
+            ),
         ),
     ],
 )

@@ -19,9 +19,15 @@ def document(**sections):
         ({"job": {"zzz": 1}}, "unknown key job.zzz: known here are name, partitions, max_error_rate"),
         ({"generation": {"temperature": 3}}, "generation.temperature is 3: it must be a number from 0 up to 2"),
         ({"generation": {"top_p": 0}}, "generation.top_p is 0: it must be a number above 0 up to 1"),
-        ({"generation": {"max_tokens": 0}}, "generation.max_tokens is 0: it must be a whole number from 1 up to 2147483647"),
+        (
+            {"generation": {"max_tokens": 0}},
+            "generation.max_tokens is 0: it must be a whole number from 1 up to 2147483647",
+        ),
         ({"input": {"table": "t"}}, "input: exactly one of path and table must be set"),
-        ({"output": {"keep_columns": ["model"]}}, "output: keep_columns names 'model', which is a column of the response table itself"),
+        (
+            {"output": {"keep_columns": ["model"]}},
+            "output: keep_columns names 'model', which is a column of the response table itself",
+        ),
         ({"output": {"path": "in/"}}, "the output in is the input itself"),
         ({"generation": {"stop": [""]}}, "generation.stop is ['']: it must be a list of non-empty strings"),
     ],

@@ -36,7 +36,9 @@ def test_whole_numbers_may_arrive_as_doubles():
 
 def test_the_jobs_json_reads_back():
     """The compact form holds OpenAI's words, and a seed of 60 bits survives it."""
-    text = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "seed": 2**60 + 1, "stop": ["."]})
+    text = json.dumps(
+        {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "seed": 2**60 + 1, "stop": ["."]}
+    )
     expected = Request(GenerationParams(max_tokens=3, seed=2**60 + 1, stop=(".",)), messages=(Message("user", "hi"),))
     assert Request.from_json(text) == expected
 
@@ -46,7 +48,10 @@ def test_the_jobs_json_reads_back():
     [
         ([], "messages is empty"),
         (["hi"], r"messages\[0\] is not an object"),
-        ([{"role": "robot", "content": "x"}], r"messages\[0\]\.role is 'robot'; it must be one of system, user, assistant"),
+        (
+            [{"role": "robot", "content": "x"}],
+            r"messages\[0\]\.role is 'robot'; it must be one of system, user, assistant",
+        ),
         ([{"role": "user", "content": None}], r"messages\[0\]\.content is not text"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content is not text"),
     ],
@@ -59,4 +64,9 @@ def test_what_is_no_conversation_is_refused(messages, sentence):
 
 def test_total_tokens_are_prompt_and_completion():
     """`total_tokens` is derived, so that it can not disagree."""
-    assert Usage(3, 4, 1).as_dict() == {"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 1, "total_tokens": 7}
+    assert Usage(3, 4, 1).as_dict() == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "cached_tokens": 1,
+        "total_tokens": 7,
+    }

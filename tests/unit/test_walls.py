@@ -55,7 +55,11 @@ def test_the_wall_is_seen_by_the_test(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("phibatch.job.pipeline", ENGINES - {"tokenizers"}), ("phibatch.model.pyfunc", ENGINES), ("phibatch.cli", {"pyspark", "mlflow"})],
+    [
+        ("phibatch.job.pipeline", ENGINES - {"tokenizers"}),
+        ("phibatch.model.pyfunc", ENGINES),
+        ("phibatch.cli", {"pyspark", "mlflow"}),
+    ],
 )
 def test_importing_a_room_loads_nothing_of_the_other_side(module, absent):
     """What a module imports brings none of the other side's libraries with it, by no detour."""

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")})
+    subprocess.run(
+        command, check=True, capture_output=True, env={**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -33,9 +35,21 @@ def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = venv / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt", wheel]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        ROOT / "constraints.txt",
+        wheel,
+    ]
     subprocess.run(install, check=True)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYSPARK", "MLFLOW"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYSPARK", "MLFLOW"))
+    }
 
     def run(*command):
         done = subprocess.run(
@@ -44,7 +58,9 @@ def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().splitlines()[-1]
 
-    probe = "from importlib.util import find_spec; print([name for name in ('torch', 'transformers') if find_spec(name)])"
+    probe = (
+        "from importlib.util import find_spec; print([name for name in ('torch', 'transformers') if find_spec(name)])"
+    )
     assert run(python, "-c", probe) == "[]"
     model_dir = run(python, "-c", "from phibatch import demo; print(demo.MODEL_DIR)")
     prompts = run(python, "-c", "from phibatch import demo; print(demo.PROMPTS)")

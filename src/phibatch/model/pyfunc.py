@@ -46,8 +46,8 @@ class ChatModel(PythonModel):
 
         Args:
             context: unused.
-            model_input: columns `messages`, `prompt` (verbatim, control tokens and all) and `request` (the job's compact
-                form, `contract.Request.from_json`); each row gives one of them.
+            model_input: columns `messages`, `prompt` (verbatim, control tokens and all) and `request` (the job's
+                compact form, `contract.Request.from_json`); each row gives one of them.
             params: generation parameters of the rows without their own, and `engine` and `batch_size`.
 
         Returns:
