@@ -109,8 +109,8 @@ def test_the_default_store_is_sqlite_in_the_working_directory(phibatch, monkeypa
     """Without MLFLOW_TRACKING_URI a model is logged where the command stands, and its URI is printed last."""
     from phibatch import demo
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
     done = phibatch("log", "onnx", "--model-dir", str(demo.MODEL_DIR), "--name", "m", "--alias", "a")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "models:/m/1"
