@@ -47,6 +47,8 @@ def main(debug: bool) -> None:  # noqa: FBT001 - click passes options by name
     if not debug:
         # MLflow reads them when it is first imported, which is after this.
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        # Its own seven retries of a server that is not there take minutes, without a word.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("alembic").setLevel(logging.ERROR)
 

@@ -1,6 +1,7 @@
 """A job's configuration: YAML in, a frozen and checked `JobConfig` out. No Spark, no MLflow."""
 
 import difflib
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -41,6 +42,14 @@ class InputConfig(_Section):
     columns: InputColumns = InputColumns()
     system: str | None = None
     template: str | None = None
+
+    @field_validator("template")
+    @classmethod
+    def _plain_fields(cls, value: str | None) -> str | None:
+        for _, field, specification, conversion in string.Formatter().parse(value or ""):
+            if field is not None and (not field or specification or conversion):
+                raise ValueError("it may only hold {column}, and {{ and }} for braces themselves")
+        return value
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -155,11 +164,15 @@ def read_config(
             raise ConfigError(f"the configuration {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"the configuration {path} is not a mapping of sections")
+    # A section whose lines are all comments is none.
+    document = {section: values for section, values in document.items() if values is not None}
     for key, text in (settings or {}).items():
         try:
-            _set(document, key, yaml.safe_load(text))
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}={text} is not YAML: {' '.join(str(error).split())}") from error
+        # `a: b` is meant as text: no setting is a mapping but the reader's options.
+        _set(document, key, text if isinstance(value, dict) and not key.endswith("options") else value)
     for key, value in (values or {}).items():
         _set(document, key, value)
     return build_config(document)
@@ -193,7 +206,7 @@ def _sentence(item: Any) -> str:
         return f"unknown key {name}: {hint}"
     if item["type"] == "missing":
         return f"{name} is missing"
-    reason = item["msg"].removeprefix("Value error, ")
+    reason = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [a, b]")
     if isinstance(item["input"], dict | BaseModel):
         return f"{name}: {reason}" if name else reason
     return f"{name} is {item['input']!r}: {reason}"

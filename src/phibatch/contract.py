@@ -58,7 +58,7 @@ NUMBERS: dict[str, Bounds] = {
     "temperature": Bounds(low=0, high=2),
     "top_p": Bounds(low=0, high=1, above=True),
     "top_k": Bounds(low=0, high=2**31 - 1, whole=True),
-    "repetition_penalty": Bounds(low=0, high=10, above=True),
+    "repetition_penalty": Bounds(low=0.01, high=10),
     "seed": Bounds(low=-(2**63), high=2**63 - 1, whole=True),
 }
 """The numeric generation parameters and what each may be. `stop` is the one that is not a number."""

@@ -133,6 +133,14 @@ def test_a_template_that_drops_the_system_message_is_a_row_error():
         tokenizer.encode_messages([Message("system", "be brief"), Message("user", "hi")])
 
 
+def test_broken_text_is_a_row_error(tokenizer):
+    """Half of a character is the row's own failure, in a conversation as in a verbatim prompt."""
+    with pytest.raises(RowError, match="lone surrogate"):
+        tokenizer.encode_messages([Message("user", "a\ud83d")])
+    with pytest.raises(RowError, match="lone surrogate"):
+        tokenizer.encode_prompt("a\ud83d")
+
+
 def test_a_template_that_refuses_is_a_row_error():
     """What a template raises is the row's, in a line."""
 

@@ -94,7 +94,7 @@ def test_what_a_folder_lacks_is_named(folder, name):
     [
         (
             lambda c: c["model"]["decoder"]["session_options"].update(custom_ops_library="evil.so"),
-            "names native code (custom_ops_library)",
+            "may load code or write files: custom_ops_library",
         ),
         (
             lambda c: c["model"]["decoder"]["session_options"].update(provider_options=[{"qnn": {}}]),
@@ -105,6 +105,15 @@ def test_what_a_folder_lacks_is_named(folder, name):
         (lambda c: c["model"]["decoder"].update(filename="/etc/model.onnx"), "which is outside the folder"),
         (lambda c: c["model"]["decoder"].update(filename="other.onnx"), "other.onnx missing"),
         (lambda c: c["model"].pop("context_length"), "must give context_length, eos_token_id and pad_token_id"),
+        (
+            lambda c: c["model"]["decoder"]["session_options"].update({"session.optimized_model_filepath": "/tmp/x"}),
+            "may load code or write files: session.optimized_model_filepath",
+        ),
+        (
+            lambda c: c["model"]["decoder"]["session_options"].update(enable_profiling="/tmp/x"),
+            "may load code or write files: enable_profiling",
+        ),
+        (lambda c: c["model"].update(encoder={"encoder_filename": "/etc/x"}), "which is outside the folder"),
         (lambda c: c.pop("model"), "describes no model with a decoder"),
     ],
 )
@@ -114,6 +123,24 @@ def test_a_folder_that_would_load_code_or_leave_itself_is_refused(folder, change
     with pytest.raises(ModelError) as error:
         ModelFolder.open(folder)
     assert sentence in str(error.value)
+
+
+def test_a_key_that_stands_twice_is_refused(folder):
+    """Of a repeated key Python reads the last and the library all, so nothing may be hidden behind one."""
+    file = folder / "genai_config.json"
+    hidden = '{"model": {"decoder": {"session_options": {"custom_ops_library": "x.so"}}},'
+    file.write_text(hidden + file.read_text().lstrip()[1:])
+    with pytest.raises(ModelError, match="a key stands in it twice"):
+        ModelFolder.open(folder)
+
+
+@pytest.mark.parametrize(("name", "alias"), [("a/b", None), ("fine", "v1")])
+def test_a_name_that_mlflow_does_not_take_is_refused_before_logging(tracking, name, alias):
+    """A bad name or alias leaves no version behind."""
+    before = len(mlflow.MlflowClient().search_registered_models())
+    with pytest.raises(ModelError):
+        log_onnx(demo.MODEL_DIR, name, alias)
+    assert len(mlflow.MlflowClient().search_registered_models()) == before
 
 
 def test_the_digest_is_of_names_and_contents(folder, tmp_path):

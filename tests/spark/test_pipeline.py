@@ -211,6 +211,7 @@ def test_too_many_failures_raise_after_the_table_is_written(spark, job, write_pa
     [
         ({"input": {"path": "/nope"}}, InputError, r"^input\.path /nope does not exist$"),
         ({"model": {"uri": "models:/demp@champion"}}, ModelError, r"did you mean demo\?$"),
+        ({"model": {"uri": "models:/demo/latest"}}, ModelError, r"name a version or an alias$"),
         ({"model": {"uri": "models:/demo/99"}}, ModelError, r"version=99\) not found$"),
         ({"output": {"keep_columns": ["promt"]}}, InputError, r"no column promt: did you mean prompt\?"),
     ],
@@ -236,3 +237,62 @@ def test_the_order_and_the_cut_of_the_table_do_not_matter(answers, write_parquet
         )
         tables.append({name: (row["response"], row["request_key"]) for name, row in found.items()})
     assert tables[0] == tables[1]
+
+
+def test_a_generated_rows_place_hangs_on_its_request_alone(spark, job, write_parquet, demo_model):
+    """Partitions are cut by content: a plan computed anew, with its arrays in another order, is cut the same way."""
+    config = job(write_parquet([{"custom_id": str(n), "prompt": f"say {n % 20}"} for n in range(60)]))
+    prompts = read_prompts(spark, config.input)
+    columns = check_columns(prompts, config.input)
+    plan = build_plan(build_requests(prompts, columns, config.input, config.generation), demo_model.digest)
+    cuts = []
+    for each in (plan, plan.withColumn("rows", F.reverse("rows"))):
+        frame = generate(spark, each, demo_model, config.model, 4, "run")
+        placed = frame.select("custom_id", F.spark_partition_id().alias("place")).collect()
+        cuts.append({row["custom_id"]: row["place"] for row in placed})
+    assert cuts[0] == cuts[1]
+
+
+def test_an_output_that_holds_the_input_is_refused(spark, job, write_parquet, tmp_path):
+    """The input is not overwritten, however its path or a folder above it is spelled."""
+    path = write_parquet([{"prompt": "precious"}])
+    for place in (f"{tmp_path}/../{tmp_path.name}/input.parquet", str(tmp_path), f"file://{path}"):
+        with pytest.raises(OutputError, match="holds the input itself"):
+            run_batch(spark, job(path, output={"path": place, "mode": "overwrite"}))
+    assert spark.read.parquet(path).first()["prompt"] == "precious"
+
+
+def test_formats_without_a_schema_work(spark, job, write_parquet):
+    """JSON drops a struct of nulls; the run is added up all the same."""
+    config = job(write_parquet([{"custom_id": "1", "prompt": "x"}]), output={"format": "json"})
+    assert run_batch(spark, config).succeeded == 1
+
+
+def test_an_earlier_response_table_may_be_the_input(answers, write_parquet):
+    """Columns named as the job's own do not confuse it."""
+    names = {"reason": "b", "request": "c", "_reason": "d", "row": "e", "kept": "f"}
+    path = write_parquet([{"custom_id": "1", "prompt": "x", "request_key": "a", **names}])
+    _, rows = answers(path, output={"keep_columns": list(names)})
+    assert rows["1"]["response"] == "x"
+    assert {name: rows["1"][name] for name in names} == names
+
+
+def test_a_file_that_is_broken_inside_stops_the_run(spark, job, tmp_path, write_parquet):
+    """A file that only fails when it is read, after another that is whole, is one sentence."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    content = Path(write_parquet([{"prompt": "x" * 1000} for _ in range(100)])).read_bytes()
+    (folder / "a.parquet").write_bytes(content)
+    (folder / "b.parquet").write_bytes(b"PAR1" + b"\0" * (len(content) - 4))
+    with pytest.raises(InputError, match="can not be read") as error:
+        run_batch(spark, job(str(folder)))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_readers_options_are_not_logged(spark, job, write_parquet):
+    """A password among the reader's options does not reach MLflow."""
+    config = job(write_parquet([{"prompt": "x"}]), input={"options": {"password": "hunter2"}})
+    run = mlflow.get_run(run_batch(spark, config).run_id)
+    assert run.data.params["input.options.password"] == "***"
+    assert "hunter2" not in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/config.yaml")

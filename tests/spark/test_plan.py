@@ -14,8 +14,8 @@ def plan(spark, write_parquet):
         settings = InputConfig(path=write_parquet(rows))
         prompts = read_prompts(spark, settings)
         columns = check_columns(prompts, settings)
-        requests = build_requests(prompts, columns, settings, generation or GenerationConfig())
-        return build_plan(requests, digest, keep_columns)
+        requests = build_requests(prompts, columns, settings, generation or GenerationConfig(), keep_columns)
+        return build_plan(requests, digest)
 
     return build
 
@@ -85,7 +85,9 @@ def test_of_rows_with_one_custom_id_the_same_one_is_kept_in_any_order(plan):
         ("b", True),
     ]
     assert [row["request"] for row in first] == [row["request"] for row in again]
-    assert first[1]["reason"] == "duplicate custom_id: another row of the input has it too"
+    assert (
+        first[1]["reason"] == "duplicate custom_id: the input has it in another row too, and one row alone may keep it"
+    )
 
 
 def test_without_custom_id_rows_are_named_by_content_with_an_ordinal(plan):
@@ -101,7 +103,7 @@ def test_kept_columns_stay_with_their_row(plan):
     """Rows that share a generation keep their own columns."""
     rows = [{"custom_id": str(n), "prompt": "q", "tag.x": n} for n in range(3)]
     built = plan(rows, keep_columns=("tag.x",))
-    assert [(row["custom_id"], row["tag.x"]) for row in lines(built)] == [("0", 0), ("1", 1), ("2", 2)]
+    assert [(row["custom_id"], row["kept"]["tag.x"]) for row in lines(built)] == [("0", 0), ("1", 1), ("2", 2)]
 
 
 @pytest.mark.parametrize(
@@ -110,3 +112,13 @@ def test_kept_columns_stay_with_their_row(plan):
 def test_partitions_are_whole_waves_of_the_slots(rows, slots, partitions):
     """Every slot has a partition in each wave, and no partition more than its rows."""
     assert count_partitions(rows, slots) == partitions
+
+
+def test_ordinals_follow_the_kept_columns_and_not_the_tables_order(plan):
+    """Rows alike but for a kept column have the same ordinal, and so the same sampled answer, in any order."""
+    rows = [{"prompt": "q", "tag": n} for n in range(5)]
+    first, again = (
+        [(row["custom_id"], row["kept"]["tag"]) for row in lines(plan(each, keep_columns=("tag",)))]
+        for each in (rows, rows[::-1])
+    )
+    assert first == again

@@ -29,6 +29,11 @@ def document(**sections):
             "output: keep_columns names 'model', which is a column of the response table itself",
         ),
         ({"output": {"path": "in/"}}, "the output in is the input itself"),
+        (
+            {"input": {"template": "{a:.2f}"}},
+            "input.template is '{a:.2f}': it may only hold {column}, and {{ and }} for braces themselves",
+        ),
+        ({"output": {"keep_columns": "a"}}, "output.keep_columns is 'a': Input should be a list, such as [a, b]"),
         ({"generation": {"stop": [""]}}, "generation.stop is ['']: it must be a list of non-empty strings"),
     ],
 )
@@ -51,6 +56,13 @@ def test_settings_are_yaml_and_values_are_themselves(tmp_path):
     file.write_text("input: {path: a}\nmodel: {uri: m}\noutput: {path: b}\ngeneration: {max_tokens: 5}\n")
     config = read_config(file, {"generation.max_tokens": "7", "generation.stop": "[x, y]"}, {"input.path": "1"})
     assert (config.generation.max_tokens, config.generation.stop, config.input.path) == (7, ("x", "y"), "1")
+
+
+def test_a_section_of_comments_is_none_and_text_may_hold_a_colon(tmp_path):
+    """What conf/batch.yaml invites to leave out may be left out, and a template with a colon is a text."""
+    file = tmp_path / "job.yaml"
+    file.write_text("input: {path: a}\nmodel: {uri: m}\noutput: {path: b}\ngeneration:\n  # seed: 1\n")
+    assert read_config(file, {"input.template": "Summarise: {text}"}).input.template == "Summarise: {text}"
 
 
 def test_a_config_can_not_be_changed():

@@ -43,6 +43,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass():
     assert set(draws(GenerationParams(temperature=1.0, top_p=1e-9, seed=1))) == {1}
 
 
+def test_extreme_parameters_do_not_overflow():
+    """The lowest temperature is as good as greedy."""
+    assert set(draws(GenerationParams(temperature=1e-308, seed=1), 50)) == {1}
+
+
 def test_a_seed_is_a_stream():
     """Equal seeds draw alike, other seeds otherwise, and negative ones are seeds too."""
     params = [GenerationParams(temperature=1.0, seed=seed) for seed in (5, 5, 6, -5)]

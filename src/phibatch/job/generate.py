@@ -3,6 +3,7 @@
 import mlflow
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
 from phibatch.config import ModelConfig
 from phibatch.contract import COMPLETION_TYPE, RESPONSE_COLUMNS, ErrorCode
@@ -31,7 +32,8 @@ def generate(
     predict = predict.asNondeterministic()
     generated = (
         plan.where("reason IS NULL")
-        .repartition(partitions)
+        # By content: round-robin would hang on the order of `rows`, which a recomputed plan may have otherwise.
+        .repartition(partitions, "request")
         .select("rows", predict(F.struct("request")).alias("completion"))
         .select(F.explode("rows").alias("row"), "completion")
     )
@@ -67,8 +69,9 @@ def _respond(rows: DataFrame, values: dict[str, Column], model: ResolvedModel, r
         "run_id": F.lit(run_id),
         **values,
     }
-    kept = [name for name in rows.select("row.*").columns if name not in given]
+    kept = rows.select("row.kept").schema[0].dataType
+    names = kept.names if isinstance(kept, StructType) else []
     return rows.select(
         *(given[name].cast(kind).alias(name) for name, kind in RESPONSE_COLUMNS.items()),
-        *(F.col(f"row.`{name}`").alias(name) for name in kept),
+        *(F.col("row.kept")[name].alias(name) for name in names),
     )

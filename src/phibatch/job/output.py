@@ -4,6 +4,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
 from phibatch.config import OutputConfig
 from phibatch.contract import USAGE_COLUMNS
@@ -11,13 +12,16 @@ from phibatch.errors import OutputError
 from phibatch.job.session import explain_failure, first_line
 
 
-def check_output(spark: SparkSession, config: OutputConfig) -> None:
+def check_output(spark: SparkSession, config: OutputConfig, prompts: DataFrame) -> None:
     """See that the output may be written.
 
     Raises:
-        OutputError: it exists already, and `output.mode` is `error`.
+        OutputError: it exists already and `output.mode` is `error`, or it holds files of the input.
     """
-    if config.mode == "error" and _exists(spark, config):
+    files = _files(spark, config)
+    if files is not None and set(files) & set(prompts.inputFiles()):
+        raise OutputError(f"the output {config.place} holds the input itself, which would be overwritten")
+    if config.mode == "error" and files is not None:
         raise OutputError(
             f"the output {config.place} exists already; name another, or set output.mode to overwrite to lose it"
         )
@@ -37,9 +41,9 @@ def write_responses(responses: DataFrame, config: OutputConfig) -> None:
         raise explain_failure(error) from error
 
 
-def read_responses(spark: SparkSession, config: OutputConfig) -> DataFrame:
-    """The written response table."""
-    return _read(spark, config.place, config)
+def read_responses(spark: SparkSession, config: OutputConfig, schema: StructType | None = None) -> DataFrame:
+    """The written response table. Formats that keep no schema of their own, such as JSON, need the one written."""
+    return _read(spark, config.place, config, schema)
 
 
 def append_usage(spark: SparkSession, config: OutputConfig, usage: dict[str, object]) -> None:
@@ -55,18 +59,24 @@ def read_usage(spark: SparkSession, config: OutputConfig) -> DataFrame:
     return _read(spark, config.usage_place, config).orderBy(F.col("started"))
 
 
-def _read(spark: SparkSession, place: str, config: OutputConfig) -> DataFrame:
-    return spark.read.table(place) if config.table else spark.read.format(config.format).load(place)
-
-
-def _exists(spark: SparkSession, config: OutputConfig) -> bool:
+def _read(spark: SparkSession, place: str, config: OutputConfig, schema: StructType | None = None) -> DataFrame:
     if config.table:
-        return spark.catalog.tableExists(config.table)
+        return spark.read.table(place)
+    reader = spark.read.format(config.format)
+    return (reader.schema(schema) if schema else reader).load(place)
+
+
+def _files(spark: SparkSession, config: OutputConfig) -> list[str] | None:
+    """The files that are at the output's place already; None where nothing is."""
     try:
+        if config.table:
+            return (
+                list(spark.read.table(config.table).inputFiles()) if spark.catalog.tableExists(config.table) else None
+            )
         # The one source whose schema is known without a file to look into.
-        spark.read.format("binaryFile").load(config.place)
+        found = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(config.place)
+        return list(found.inputFiles())
     except (PySparkException, Py4JJavaError) as error:
         if isinstance(error, PySparkException) and error.getCondition() == "PATH_NOT_FOUND":
-            return False
+            return None
         raise OutputError(f"the output {config.place} can not be reached: {first_line(error)}") from error
-    return True

@@ -35,12 +35,12 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
     keep_columns = config.output.keep_columns
     prompts = read_prompts(spark, config.input)
     columns = check_columns(prompts, config.input, keep_columns)
-    check_output(spark, config.output)
+    check_output(spark, config.output, prompts)
     model = resolve_model(config.model.uri)
     reporter.say_model(model, config.model.uri)
 
-    requests = build_requests(prompts, columns, config.input, config.generation)
-    plan = build_plan(requests, model.digest, keep_columns).persist(StorageLevel.MEMORY_AND_DISK)
+    requests = build_requests(prompts, columns, config.input, config.generation, keep_columns)
+    plan = build_plan(requests, model.digest).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         with track_run(config, model, prompts) as run_id:
             started, clock = datetime.now(UTC), time.perf_counter()
@@ -52,7 +52,7 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
             with reporter.watch(spark):
                 write_responses(responses, config.output)
             seconds = time.perf_counter() - clock
-            written = read_responses(spark, config.output)
+            written = read_responses(spark, config.output, responses.schema)
             summary = summarise(written, model, run_id, started, seconds, counts)
             append_usage(spark, config.output, summary.as_usage())
             log_summary(summary)

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from phibatch.contract import PARAMETERS
+from phibatch.errors import InputError
+from phibatch.job.session import first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class PlanCounts:
         return self.rows - self.rejected - self.to_generate
 
 
-def build_plan(requests: DataFrame, digest: str, keep_columns: tuple[str, ...] = ()) -> DataFrame:
+def build_plan(requests: DataFrame, digest: str) -> DataFrame:
     """One row per distinct generation, with the input rows that it answers.
 
     Requests with equal messages and parameters are one generation when decoding is greedy, or sampled with equal seeds.
@@ -30,31 +34,33 @@ def build_plan(requests: DataFrame, digest: str, keep_columns: tuple[str, ...] =
     Args:
         requests: as from `prompts.build_requests`.
         digest: the model's.
-        keep_columns: the input's columns to carry along.
 
     Returns:
         request: string, the compact JSON that the model takes (`contract.Request.from_json`); null for rejected rows.
         reason: string, why the rows are rejected; null where they are not.
-        rows: array of structs of `custom_id`, `request_key` and the kept columns.
+        rows: array of structs of `custom_id`, `request_key` and `kept`, the struct of kept columns.
     """
     key = F.sha2(F.concat_ws("\n", F.to_json(F.struct("_messages", "_params")), F.lit(digest)), 256)
     identity = F.coalesce(F.col("_custom_id"), F.sha2("_content", 256))
-    # Which of several rows keeps a custom_id must not hang on their order in the table.
-    same = Window.partitionBy("_identity").orderBy(F.col("_reason").isNotNull(), "request_key", F.hash("_content"))
+    # Which of several rows keeps a custom_id, or has which ordinal, must not hang on their order in the table.
+    words = F.sha2(F.concat_ws("\n", "_content", F.to_json(F.struct("_kept"))), 256)
+    same = Window.partitionBy("_identity").orderBy(F.col("_reason").isNotNull(), "request_key", words)
     numbered = requests.select("*", key.alias("request_key"), identity.alias("_identity")).select(
         "*", F.row_number().over(same).alias("_ordinal")
     )
     repeated = F.col("_ordinal") > 1
     named = F.col("_custom_id").isNotNull()
     suffixed = F.concat_ws("-", "_identity", "_ordinal")
-    duplicate = F.when(named & repeated, "duplicate custom_id: another row of the input has it too")
+    duplicate = F.when(
+        named & repeated, "duplicate custom_id: the input has it in another row too, and one row alone may keep it"
+    )
     planned = numbered.select(
         F.when(repeated & ~named, suffixed).otherwise(F.col("_identity")).alias("custom_id"),
         "request_key",
         "_messages",
         "_params",
         F.coalesce("_reason", duplicate).alias("reason"),
-        *(F.col(f"`{name}`") for name in keep_columns),
+        F.col("_kept").alias("kept"),
     )
     request = F.when(F.col("reason").isNull(), F.to_json(F.struct(F.col("_messages").alias("messages"), *_decoding())))
     # Rejected rows are grouped by nothing but themselves.
@@ -66,22 +72,28 @@ def build_plan(requests: DataFrame, digest: str, keep_columns: tuple[str, ...] =
         .agg(
             F.first("request").alias("request"),
             F.first("reason").alias("reason"),
-            F.collect_list(F.struct("custom_id", "request_key", *(F.col(f"`{name}`") for name in keep_columns))).alias(
-                "rows"
-            ),
+            F.collect_list(F.struct("custom_id", "request_key", "kept")).alias("rows"),
         )
         .drop("generation_key")
     )
 
 
 def count_plan(plan: DataFrame) -> PlanCounts:
-    """Count a plan's rows, in one pass."""
+    """Count a plan's rows, in one pass: the first time that the input is read.
+
+    Raises:
+        InputError: a file of the input can not be read.
+    """
     size = F.size("rows").cast("bigint")
-    total = plan.agg(
+    totals = plan.agg(
         F.sum(size).alias("rows"),
         F.sum(F.when(F.col("reason").isNotNull(), size)).alias("rejected"),
         F.count("request").alias("to_generate"),
-    ).first()
+    )
+    try:
+        total = totals.first()
+    except (PySparkException, Py4JJavaError) as error:
+        raise InputError(f"the input can not be read: {first_line(error)}") from error
     assert total is not None  # noqa: S101 - an aggregate without groups has one row
     return PlanCounts(total["rows"] or 0, total["rejected"] or 0, total["to_generate"])
 

@@ -17,7 +17,7 @@ from phibatch.job.summary import BatchSummary
 from phibatch.model.registry import ResolvedModel
 
 POLL_SECONDS = 0.5
-LINE_SECONDS = 30.0
+LINE_SECONDS = 10.0
 
 
 class Reporter:
@@ -88,7 +88,7 @@ class Reporter:
                 else f"{row['error']['code']}: {row['error']['message']}"
             )
             numbers = (str(usage["prompt_tokens"]), str(usage["completion_tokens"]))
-            table.add_row(row["custom_id"], Text(text), row["finish_reason"], *numbers)
+            table.add_row(Text(row["custom_id"]), Text(text), row["finish_reason"], *numbers)
         self._console.print(table)
 
     def _say(self, line: str) -> None:

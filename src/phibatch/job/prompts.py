@@ -85,15 +85,22 @@ def check_columns(df: DataFrame, config: InputConfig, keep_columns: tuple[str, .
     return columns
 
 
-def build_requests(df: DataFrame, columns: Columns, config: InputConfig, generation: GenerationConfig) -> DataFrame:
-    """Make a request of every row: the table's columns become these, beside the table's own.
+def build_requests(
+    df: DataFrame,
+    columns: Columns,
+    config: InputConfig,
+    generation: GenerationConfig,
+    keep_columns: tuple[str, ...] = (),
+) -> DataFrame:
+    """Make a request of every row.
 
-    Columns added:
+    Returns:
         _custom_id: string, null where the row has none.
         _content: string, the row's own words as JSON; equal where rows ask for the same.
         _messages: the conversation, or null.
         _params: struct of the generation parameters.
         _reason: string, why the row can not be answered; null where it can.
+        _kept: struct of the input's columns that are carried through; null where none are.
     """
     system = columns["system"] if "system" in columns else F.lit(None).cast("string")
     prompt = _prompt(columns, config)
@@ -114,8 +121,8 @@ def build_requests(df: DataFrame, columns: Columns, config: InputConfig, generat
     whole = {word: params[word].try_cast("bigint") if NUMBERS[word].whole else params[word] for word in NUMBERS}
     # The row's own words; what the configuration adds to all rows is not among them.
     content = [columns[word].alias(word) for word in columns.names if word != "custom_id"]
+    kept = F.struct(*(_column(name).alias(name) for name in keep_columns)) if keep_columns else F.lit(None)
     return df.select(
-        "*",
         (columns["custom_id"].cast("string") if "custom_id" in columns else F.lit(None).cast("string")).alias(
             "_custom_id"
         ),
@@ -126,6 +133,7 @@ def build_requests(df: DataFrame, columns: Columns, config: InputConfig, generat
         .alias("_messages"),
         F.struct(*(column.alias(word) for word, column in whole.items()), stop.alias("stop")).alias("_params"),
         F.coalesce(*reasons).alias("_reason"),
+        (kept if keep_columns else kept.cast("string")).alias("_kept"),
     )
 
 

@@ -13,8 +13,8 @@ from pyspark.sql import SparkSession
 from phibatch import QUIET
 from phibatch.errors import EngineError, PhibatchError, RunError, UserError
 
-PLATFORM = {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE", "DATABRICKS_RUNTIME_VERSION"}
-"""Any of these is set where somebody else has configured Spark: spark-submit, Connect, Databricks."""
+PLATFORM = {"PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION"}
+"""Either is set where somebody else has configured Spark: spark-submit, Databricks."""
 
 LOG_SETTINGS = Path(__file__).with_name("log4j2.properties")
 
@@ -23,7 +23,7 @@ def open_session(name: str) -> SparkSession:
     """The session that spark-submit or the platform has configured; without one, all cores of this machine.
 
     Raises:
-        UserError: there is no Java to run Spark with.
+        UserError: there is no Java to run Spark with, or Spark does not start with the settings it was given.
     """
     # Workers must run this Python: the one that is first on PATH seldom has the packages.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -46,9 +46,10 @@ def open_session(name: str) -> SparkSession:
             .config("spark.ui.enabled", "false")
             .config("spark.ui.showConsoleProgress", "false")
         )
-    session = builder.getOrCreate()
-    session.sparkContext.setLogLevel("ERROR")
-    return session
+    try:
+        return builder.getOrCreate()
+    except (PySparkException, Py4JJavaError) as error:
+        raise UserError(f"Spark does not start: {first_line(error)}") from error
 
 
 def count_slots(spark: SparkSession) -> int:

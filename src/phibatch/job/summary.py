@@ -95,6 +95,8 @@ def track_run(config: JobConfig, model: ResolvedModel, prompts: DataFrame) -> It
     with mlflow.start_run(run_name=config.job.name) as run:
         resolved = config.model_dump(mode="json")
         resolved["model"]["uri"] = model.uri
+        # A reader's options may hold passwords.
+        resolved["input"]["options"] = dict.fromkeys(resolved["input"]["options"], "***")
         mlflow.log_dict(resolved, "config.yaml")
         mlflow.log_params(_flatten(resolved))
         mlflow.set_tags(
@@ -104,7 +106,10 @@ def track_run(config: JobConfig, model: ResolvedModel, prompts: DataFrame) -> It
                 "phibatch.model_digest": model.digest,
             }
         )
-        mlflow.log_input(_dataset(prompts, config.input), context="inference")
+        with warnings.catch_warnings():
+            # A hint for those who train on the table's whole numbers.
+            warnings.filterwarnings("ignore", message=".*Inferred schema contains integer column")
+            mlflow.log_input(_dataset(prompts, config.input), context="inference")
         yield run.info.run_id
 
 
@@ -115,12 +120,9 @@ def log_summary(summary: BatchSummary) -> None:
 
 
 def _dataset(prompts: DataFrame, config: InputConfig) -> Any:
-    with warnings.catch_warnings():
-        # A hint for those who train on the table's whole numbers.
-        warnings.filterwarnings("ignore", message=".*Inferred schema contains integer column")
-        if config.table:
-            return from_spark(prompts, table_name=config.table)
-        return from_spark(prompts, path=config.path)
+    if config.table:
+        return from_spark(prompts, table_name=config.table)
+    return from_spark(prompts, path=config.path)
 
 
 def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ class ChatTokenizer:
         """The ids of a conversation, ready for the answer.
 
         Raises:
-            RowError: the template refuses the conversation, or has no place for its system message.
+            RowError: the template refuses the conversation, has no place for its system message, or a text is broken.
         """
+        _check_text(message.content for message in messages)
+        if any(message.role == "system" for message in messages) and not self._has_system:
+            raise RowError(ErrorCode.INVALID_REQUEST, "the model's chat template has no place for a system message")
         marked = [Message(message.role, _replace(message.content, self._marks)) for message in messages]
         try:
             rendered = self._render(marked)
@@ -59,20 +63,35 @@ class ChatTokenizer:
             raise RowError(
                 ErrorCode.INVALID_REQUEST, f"the chat template refuses the conversation: {reason}"
             ) from error
-        for message in marked:
-            if message.role == "system" and message.content.strip() not in rendered:
-                raise RowError(ErrorCode.INVALID_REQUEST, "the model's chat template has no place for a system message")
         renamed = _replace(rendered, self._names)
         text = _replace(renamed, {mark: name for name, mark in self._marks.items()})
         return list(self._renamed.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a text whose control tokens are meant."""
+        _check_text([prompt])
         return list(self._plain.encode(prompt, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without control tokens."""
         return str(self._plain.decode(list(ids), skip_special_tokens=True))
+
+    @cached_property
+    def _has_system(self) -> bool:
+        """Whether a system message reaches the model: some templates drop it without a word."""
+        mark = secrets.token_hex(16)
+        try:
+            return mark in self._render([Message("system", mark), Message("user", "x")])
+        except (ValueError, RuntimeError):
+            return False
+
+
+def _check_text(texts: Iterable[str]) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(ErrorCode.INVALID_REQUEST, "the text holds half of a character (a lone surrogate)") from error
 
 
 def _replace(text: str, names: dict[str, str]) -> str:

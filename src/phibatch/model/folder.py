@@ -11,6 +11,11 @@ from phibatch.errors import ModelError
 CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
 NATIVE_SUFFIXES = (".so", ".dll", ".dylib")
+SESSION_OPTIONS = {
+    *("log_id", "log_severity_level", "log_verbosity_level", "provider_options", "graph_optimization_level"),
+    *("intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern"),
+}
+"""Session options that neither load code nor write files; the library hands any other on to onnxruntime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,15 @@ class ModelFolder:
         missing = [name for name in (CONFIG, TOKENIZER) if not (path / name).is_file()]
         if missing:
             raise ModelError(f"{path} is not an onnxruntime-genai model folder: {' and '.join(missing)} missing")
-        model = _read_json(path / CONFIG).get("model")
+        document = _read_json(path / CONFIG)
+        model = document.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("decoder"), dict):
             raise ModelError(f"{path / CONFIG} describes no model with a decoder")
-        _check_no_native_code(path / CONFIG, model)
+        _check_no_native_code(path / CONFIG, document)
+        for key, value in _items(document):
+            if key.endswith(("filename", "file", "path")) and not _is_inside(value):
+                raise ModelError(f"{path / CONFIG} names {value}, which is outside the folder")
         for name in _graphs(model):
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ModelError(f"{path / CONFIG} names {name}, which is outside the folder")
             if not (path / name).is_file():
                 raise ModelError(f"{path} is not an onnxruntime-genai model folder: {name} missing")
         if not _has_chat_template(path):
@@ -74,12 +81,23 @@ class ModelFolder:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
     except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} is not a JSON object")
     return content
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of a repeated key Python keeps the last and the library all: what is checked must be what is read.
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands in it twice")
+    return dict(pairs)
+
+
+def _is_inside(name: Any) -> bool:
+    return isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def _graphs(model: dict[str, Any]) -> list[str]:
@@ -88,8 +106,12 @@ def _graphs(model: dict[str, Any]) -> list[str]:
     return names or ["model.onnx"]
 
 
-def _check_no_native_code(file: Path, model: dict[str, Any]) -> None:
-    for key, value in _items(model):
+def _check_no_native_code(file: Path, document: dict[str, Any]) -> None:
+    for key, value in _items(document):
+        if key == "session_options":
+            unknown = sorted(set(value) - SESSION_OPTIONS)
+            if unknown:
+                raise ModelError(f"{file} sets session options that may load code or write files: {', '.join(unknown)}")
         named = key == "provider_options" and value and any(set(option) - {"cpu", "CPU"} for option in value)
         library = "library" in key or (isinstance(value, str) and value.lower().endswith(NATIVE_SUFFIXES))
         if named or library:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from phibatch.errors import ModelError
 
@@ -23,7 +23,7 @@ def download_folder(repo: str, subfolder: str | None = None, revision: str | Non
             allow_patterns=[f"{subfolder}/*"] if subfolder else None,
             ignore_patterns=["*.py", "*.bin", "*.pt", "*.pkl"],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ModelError(f"{repo} can not be downloaded: {str(error).strip().splitlines()[0]}") from error
     folder = Path(snapshot, subfolder or "")
     if not folder.is_dir():

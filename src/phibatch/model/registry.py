@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, get_model_info
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
+from mlflow.utils.validation import _validate_model_alias_name, _validate_model_name
 
 import phibatch
 from phibatch.contract import EngineName, GenerationParams
@@ -101,8 +102,14 @@ def log_onnx(model_dir: Path, name: str, alias: str | None = None) -> ResolvedMo
     Nothing is pickled: the logged code is `entry.py`, and the rest is this package by version.
 
     Raises:
-        ModelError: the folder is not such a model, or names native code.
+        ModelError: the folder is not such a model, or names native code; or MLflow takes no such name or alias.
     """
+    try:
+        _validate_model_name(name)
+        if alias:
+            _validate_model_alias_name(alias)
+    except MlflowException as error:
+        raise ModelError(str(error).splitlines()[0]) from error
     digest = ModelFolder.open(model_dir).digest()
     requirements = [f"phibatch=={phibatch.__version__}", *(f"{each}=={version(each)}" for each in REQUIREMENTS)]
     with _without_links(model_dir) as folder, warnings.catch_warnings():
@@ -160,6 +167,9 @@ def resolve_model(uri: str) -> ResolvedModel:
 def _resolve_alias(uri: str) -> str:
     name, at, alias = uri.removeprefix("models:/").partition("@")
     if not uri.startswith("models:/") or not at:
+        version_or_stage = name.partition("/")[2]
+        if uri.startswith("models:/") and version_or_stage and not version_or_stage.isdigit():
+            raise ModelError(f"model {uri} may become another one while the job runs: name a version or an alias")
         return uri
     found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
     return f"models:/{name}/{found.version}"
@@ -168,7 +178,10 @@ def _resolve_alias(uri: str) -> str:
 def _reason(uri: str, error: Exception) -> str:
     """The nearest registered name where there is one, else MLflow's own first line."""
     name = uri.removeprefix("models:/").replace("@", "/").partition("/")[0]
-    known = [model.name for model in mlflow.MlflowClient().search_registered_models()]
+    try:
+        known = [model.name for model in mlflow.MlflowClient().search_registered_models()]
+    except MlflowException:
+        known = []
     near = difflib.get_close_matches(name, known, n=1)
     if near and near[0] != name:
         return f"did you mean {near[0]}?"

@@ -46,11 +46,6 @@ class Row:
         self._admitted = 0.0
         self._ended = 0.0
 
-    @property
-    def total_limit(self) -> int:
-        """The most tokens that the row can come to, prompt and completion."""
-        return len(self.prompt) + self.limit
-
     def admit(self) -> None:
         """Start the row's clock."""
         self._admitted = time.perf_counter()

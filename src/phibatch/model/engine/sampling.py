@@ -49,8 +49,10 @@ class Sampler:
         order = np.argsort(-logits, kind="stable")
         if params.top_k:
             order = order[: params.top_k]
-        scaled = logits[order].astype(np.float64) / params.temperature
-        mass = np.cumsum(np.exp(scaled - scaled[0]))
+        ordered = logits[order].astype(np.float64)
+        # The likeliest is subtracted first, so that no temperature, however low, overflows.
+        with np.errstate(over="ignore"):
+            mass = np.cumsum(np.exp((ordered - ordered[0]) / params.temperature))
         if params.top_p < 1:
             mass = mass[: int(np.searchsorted(mass, params.top_p * mass[-1])) + 1]
         place = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
