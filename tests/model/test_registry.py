@@ -106,11 +106,11 @@ def test_what_a_folder_lacks_is_named(folder, name):
         (lambda c: c["model"]["decoder"].update(filename="other.onnx"), "other.onnx missing"),
         (lambda c: c["model"].pop("context_length"), "must give context_length, eos_token_id and pad_token_id"),
         (
-            lambda c: c["model"]["decoder"]["session_options"].update({"session.optimized_model_filepath": "/tmp/x"}),
+            lambda c: c["model"]["decoder"]["session_options"].update({"session.optimized_model_filepath": "/etc/x"}),
             "may load code or write files: session.optimized_model_filepath",
         ),
         (
-            lambda c: c["model"]["decoder"]["session_options"].update(enable_profiling="/tmp/x"),
+            lambda c: c["model"]["decoder"]["session_options"].update(enable_profiling="/etc/x"),
             "may load code or write files: enable_profiling",
         ),
         (lambda c: c["model"].update(encoder={"encoder_filename": "/etc/x"}), "which is outside the folder"),

@@ -16,7 +16,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, get_model_info
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
-from mlflow.utils.validation import _validate_model_alias_name, _validate_model_name
+from mlflow.utils.validation import (
+    _validate_model_alias_name,
+    _validate_model_alias_name_reserved,
+    _validate_model_name,
+)
 
 import phibatch
 from phibatch.contract import EngineName, GenerationParams
@@ -108,6 +112,7 @@ def log_onnx(model_dir: Path, name: str, alias: str | None = None) -> ResolvedMo
         _validate_model_name(name)
         if alias:
             _validate_model_alias_name(alias)
+            _validate_model_alias_name_reserved(alias)
     except MlflowException as error:
         raise ModelError(str(error).splitlines()[0]) from error
     digest = ModelFolder.open(model_dir).digest()
