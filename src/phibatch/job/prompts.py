@@ -121,7 +121,7 @@ def build_requests(
     whole = {word: params[word].try_cast("bigint") if NUMBERS[word].whole else params[word] for word in NUMBERS}
     # The row's own words; what the configuration adds to all rows is not among them.
     content = [columns[word].alias(word) for word in columns.names if word != "custom_id"]
-    kept = F.struct(*(_column(name).alias(name) for name in keep_columns)) if keep_columns else F.lit(None)
+    kept = F.struct(*(_column(name).alias(name) for name in keep_columns))
     return df.select(
         (columns["custom_id"].cast("string") if "custom_id" in columns else F.lit(None).cast("string")).alias(
             "_custom_id"
@@ -133,7 +133,7 @@ def build_requests(
         .alias("_messages"),
         F.struct(*(column.alias(word) for word, column in whole.items()), stop.alias("stop")).alias("_params"),
         F.coalesce(*reasons).alias("_reason"),
-        (kept if keep_columns else kept.cast("string")).alias("_kept"),
+        (kept if keep_columns else F.lit(None).cast("string")).alias("_kept"),
     )
 
 

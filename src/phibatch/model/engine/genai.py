@@ -103,7 +103,8 @@ def plan_batches(rows: list[Row], batch_size: int, context_length: int) -> Itera
     """
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: (-len(row.prompt), -row.limit)):
-        width = max(len(member.prompt) for member in (*batch, row))
+        # The longest prompt comes first, so it sets the width.
+        width = len((batch or [row])[0].prompt)
         length = width + max(member.limit for member in (*batch, row))
         fits = length <= context_length and length * (len(batch) + 1) <= MAX_BATCH_TOKENS and len(batch) < batch_size
         if batch and not fits:
