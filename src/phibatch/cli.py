@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 import phibatch
+from phibatch.contract import GenerationParams
 from phibatch.errors import ConfigError, PhibatchError
 
 MODEL_OPTIONS = [
@@ -19,6 +20,8 @@ MODEL_OPTIONS = [
     click.option("--revision", help="The branch, tag or commit of --hf-repo."),
     click.option("--name", required=True, help="The registered model's name."),
     click.option("--alias", help="An alias for the new version, such as champion."),
+    click.option("--max-tokens", type=int, help="The limit where neither row nor job sets one (300)."),
+    click.option("--temperature", type=float, help="The temperature where neither row nor job sets one (0: greedy)."),
 ]
 
 
@@ -66,24 +69,49 @@ def _model_options(command: Any) -> Any:
 
 @log.command("onnx")
 @_model_options
-def log_onnx(
-    model_dir: Path | None,
-    hf_repo: str | None,
-    subfolder: str | None,
-    revision: str | None,
-    name: str,
-    alias: str | None,
-) -> None:
+def log_onnx(name: str, alias: str | None, **options: Any) -> None:
     """Log an onnxruntime-genai folder as a pyfunc model; the last line printed is its URI."""
     # Imported when asked for: `phibatch --help` needs neither Spark nor MLflow.
-    from phibatch.model import hub, registry
+    from phibatch.model import registry
 
-    if (model_dir is None) == (hf_repo is None):
-        raise ConfigError("exactly one of --model-dir and --hf-repo must be given")
-    folder = model_dir or hub.download_folder(str(hf_repo), subfolder, revision)
+    defaults = _defaults(options)
+    folder = _folder(options, ("*",))
     registry.use_default_tracking()
-    model = registry.log_onnx(folder, name, alias)
-    click.echo(model.uri)
+    click.echo(registry.log_onnx(folder, name, alias, defaults).uri)
+
+
+@log.command("transformers")
+@_model_options
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="The type to compute in, instead of the checkpoint's own.",
+)
+def log_transformers(name: str, alias: str | None, dtype: str | None, **options: Any) -> None:
+    """Log a transformers checkpoint for chat with MLflow's transformers flavour; the last line printed is its URI."""
+    from phibatch.model import checkpoint, registry
+
+    defaults = _defaults(options)
+    folder = _folder(options, checkpoint.FILES)
+    registry.use_default_tracking()
+    click.echo(registry.log_transformers(folder, name, alias, defaults, dtype).uri)
+
+
+def _defaults(options: dict[str, Any]) -> GenerationParams:
+    given = {name: options[name] for name in ("max_tokens", "temperature") if options[name] is not None}
+    try:
+        return GenerationParams(**given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _folder(options: dict[str, Any], files: tuple[str, ...]) -> Path:
+    from phibatch.model import hub
+
+    if (options["model_dir"] is None) == (options["hf_repo"] is None):
+        raise ConfigError("exactly one of --model-dir and --hf-repo must be given")
+    model_dir: Path | None = options["model_dir"]
+    return model_dir or hub.download_folder(options["hf_repo"], options["subfolder"], options["revision"], files)
 
 
 @main.command()

@@ -2,13 +2,14 @@
 
 import difflib
 import string
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName
+from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams
 from phibatch.errors import ConfigError
 
 
@@ -62,12 +63,12 @@ class ModelConfig(_Section):
     """The logged model, and how it is run."""
 
     uri: str
-    engine: EngineName = EngineName.GENAI
+    engine: EngineName = EngineName.AUTO
     batch_size: Annotated[int, Field(ge=1, le=32)] = 8
 
 
 class GenerationConfig(_Section):
-    """The parameters of every row that does not bring its own."""
+    """The parameters of every row that does not bring its own; one that is not set is as the model was logged."""
 
     max_tokens: int = 300
     temperature: float = 0.0
@@ -144,6 +145,12 @@ class JobConfig(_Section):
         if read in {self.output.place, self.output.usage_place}:
             raise ValueError(f"the output {read} is the input itself")
         return self
+
+    def with_defaults(self, params: GenerationParams) -> "JobConfig":
+        """The same job, with a model's own parameters where the configuration sets none."""
+        given = self.generation.model_dump(include=self.generation.model_fields_set)
+        generation = self.generation.model_copy(update={**asdict(params), **given})
+        return self.model_copy(update={"generation": generation})
 
 
 def read_config(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -27,10 +28,26 @@ class ErrorCode(StrEnum):
 
 
 class EngineName(StrEnum):
-    """The engines a logged model can answer with."""
+    """The engines a model can be asked to answer with; `auto` is the first that its format has."""
 
+    AUTO = "auto"
     GENAI = "genai"
+    TRANSFORMERS = "transformers"
     ECHO = "echo"
+
+
+class ModelFormat(StrEnum):
+    """What a logged model's files are: an onnxruntime-genai folder, or a transformers checkpoint."""
+
+    ONNX = "onnx"
+    TRANSFORMERS = "transformers"
+
+
+ENGINES = {
+    ModelFormat.ONNX: (EngineName.GENAI, EngineName.ECHO),
+    ModelFormat.TRANSFORMERS: (EngineName.TRANSFORMERS, EngineName.ECHO),
+}
+"""The engines that can answer with a model of each format, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +158,12 @@ class Request:
 
 def build_params(values: dict[str, Any]) -> GenerationParams:
     """Parameters from loose values; absent ones take their defaults. Raises ValueError as `GenerationParams` does."""
-    stop = values.get("stop") or ()
-    return GenerationParams(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    stop = values.get("stop")
+    if stop is None or isinstance(stop, str):
+        stop = [stop] if stop else []
+    elif not isinstance(stop, Iterable):
+        raise ValueError(f"stop is {stop!r}; it must be a list of non-empty strings")
+    return GenerationParams(**{**values, "stop": tuple(stop)})
 
 
 def build_messages(values: Any) -> tuple[Message, ...]:

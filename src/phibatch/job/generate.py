@@ -5,13 +5,18 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
-from phibatch.config import ModelConfig
-from phibatch.contract import COMPLETION_TYPE, RESPONSE_COLUMNS, ErrorCode
+from phibatch.contract import COMPLETION_TYPE, RESPONSE_COLUMNS, EngineName, ErrorCode
 from phibatch.model.registry import ResolvedModel
 
 
 def generate(
-    spark: SparkSession, plan: DataFrame, model: ResolvedModel, config: ModelConfig, partitions: int, run_id: str
+    spark: SparkSession,
+    plan: DataFrame,
+    model: ResolvedModel,
+    engine: EngineName,
+    batch_size: int,
+    partitions: int,
+    run_id: str,
 ) -> DataFrame:
     """The response table, still lazy: write it before anything else is done with it.
 
@@ -19,14 +24,15 @@ def generate(
         spark: the session.
         plan: as from `plan.build_plan`.
         model: the model, by version.
-        config: how it is run.
+        engine: which of the model's engines answers.
+        batch_size: the most rows generated together.
         partitions: into how many tasks the generation is cut.
         run_id: the MLflow run.
 
     Returns:
         One row per input row: `contract.RESPONSE_COLUMNS`, then the kept columns.
     """
-    params = {"engine": config.engine.value, "batch_size": config.batch_size}
+    params = {"engine": engine.value, "batch_size": batch_size}
     predict = mlflow.pyfunc.spark_udf(spark, model.uri, result_type=COMPLETION_TYPE, params=params)
     # Deterministic functions may be evaluated again for every field that is read of their result.
     predict = predict.asNondeterministic()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -45,18 +47,18 @@ class ModelFolder:
         missing = [name for name in (CONFIG, TOKENIZER) if not (path / name).is_file()]
         if missing:
             raise ModelError(f"{path} is not an onnxruntime-genai model folder: {' and '.join(missing)} missing")
-        document = _read_json(path / CONFIG)
+        document = read_json(path / CONFIG)
         model = document.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("decoder"), dict):
             raise ModelError(f"{path / CONFIG} describes no model with a decoder")
         _check_no_native_code(path / CONFIG, document)
         for key, value in _items(document):
-            if key.endswith(("filename", "file", "path")) and not _is_inside(value):
+            if key.endswith(("filename", "file", "path")) and not is_inside(value):
                 raise ModelError(f"{path / CONFIG} names {value}, which is outside the folder")
         for name in _graphs(model):
             if not (path / name).is_file():
                 raise ModelError(f"{path} is not an onnxruntime-genai model folder: {name} missing")
-        if not _has_chat_template(path):
+        if not has_chat_template(path):
             raise ModelError(
                 f"{path} has no chat template: neither chat_template.jinja nor tokenizer_config.json gives one"
             )
@@ -70,16 +72,29 @@ class ModelFolder:
             ) from error
 
     def digest(self) -> str:
-        """SHA-256 over the names and contents of all files, whatever the order in which the folder lists them."""
-        total = hashlib.sha256()
-        for file in sorted(file for file in self.path.rglob("*") if file.is_file()):
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            total.update(f"{file.relative_to(self.path).as_posix()}\0{content}\n".encode())
-        return total.hexdigest()
+        return digest_folder(self.path)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def digest_folder(path: Path) -> str:
+    """SHA-256 over the names and contents of all files, whatever the order in which the folder lists them."""
+    total = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{file.relative_to(path).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A file's content under another name, without its bytes twice where the file system allows; links are followed."""
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelError where the file is not one, or has a key twice."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
     except ValueError as error:
@@ -96,7 +111,8 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _is_inside(name: Any) -> bool:
+def is_inside(name: Any) -> bool:
+    """Whether a name that a folder's file gives stays within the folder."""
     return isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
@@ -129,8 +145,9 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _has_chat_template(path: Path) -> bool:
+def has_chat_template(path: Path) -> bool:
+    """Whether a folder says how a conversation is put to its model."""
     if (path / "chat_template.jinja").is_file():
         return True
     config = path / "tokenizer_config.json"
-    return config.is_file() and bool(_read_json(config).get("chat_template"))
+    return config.is_file() and bool(read_json(config).get("chat_template"))

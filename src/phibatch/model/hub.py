@@ -8,8 +8,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from phibatch.errors import ModelError
 
 
-def download_folder(repo: str, subfolder: str | None = None, revision: str | None = None) -> Path:
+def download_folder(
+    repo: str, subfolder: str | None = None, revision: str | None = None, files: tuple[str, ...] = ("*",)
+) -> Path:
     """Download a repository's folder into the hub client's cache, with its progress bars, and return where it lies.
+
+    Args:
+        repo: `owner/name`.
+        subfolder: the folder within it; None is the repository's own.
+        revision: a branch, tag or commit.
+        files: patterns of the names that are wanted.
 
     `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` are the client's own settings. Code is not fetched.
 
@@ -20,7 +28,7 @@ def download_folder(repo: str, subfolder: str | None = None, revision: str | Non
         snapshot = snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=[f"{subfolder}/*"] if subfolder else None,
+            allow_patterns=[f"{subfolder}/{pattern}" if subfolder else pattern for pattern in files],
             ignore_patterns=["*.py", "*.bin", "*.pt", "*.pkl"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -17,37 +17,40 @@ from phibatch.contract import (
     EngineName,
     ErrorCode,
     GenerationParams,
+    ModelFormat,
     Request,
     build_messages,
     build_params,
 )
-from phibatch.model.engine.base import EngineOptions, load_engine
+from phibatch.model.engine.base import EngineOptions, choose_engine, load_engine
 
 ARTIFACT = "model"
 """The logged folder's name among the model's artifacts."""
 
 
-class ChatModel(PythonModel):
-    """Answers every row of `predict`'s frame, in order."""
+class Predictor:
+    """Answers every row of `predict`'s frame, in order.
 
-    def load_context(self, context: PythonModelContext) -> None:
-        """Remember where the model is; the engine is built at the first row, once per process."""
-        self._model_dir = Path(context.artifacts[ARTIFACT])
-        self._name = str(context.model_config["name"])
-        self._digest = str(context.model_config["digest"])
+    Args:
+        model_dir: the model's files; the engine is built of them at the first row, once per process.
+        name: the registered model's name.
+        digest: of the files.
+        model_format: what the files are.
+    """
 
-    def predict(
-        self,
-        context: PythonModelContext,  # noqa: ARG002 - MLflow passes it; load_context has read it
-        model_input: pd.DataFrame,
-        params: dict[str, Any] | None = None,
-    ) -> list[dict[str, Any]]:
+    def __init__(self, model_dir: Path, name: str, digest: str, model_format: ModelFormat) -> None:
+        self._model_dir = model_dir
+        self._name = name
+        self._digest = digest
+        self._format = model_format
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any]) -> list[dict[str, Any]]:
         """Answer.
 
         Args:
-            context: unused.
             model_input: columns `messages`, `prompt` (verbatim, control tokens and all) and `request` (the job's
-                compact form, `contract.Request.from_json`); each row gives one of them.
+                compact form, `contract.Request.from_json`), of which each row gives one; and the generation
+                parameters, for the rows that bring their own.
             params: generation parameters of the rows without their own, and `engine` and `batch_size`.
 
         Returns:
@@ -55,10 +58,11 @@ class ChatModel(PythonModel):
             A row that failed has `choices: []` and `error: {code, message}`.
 
         Raises:
+            ModelError: the model's format is not the engine's.
             EngineError: the engine itself failed.
         """
-        params = params or {}
-        options = EngineOptions(EngineName(params["engine"]), int(params["batch_size"]), _threads())
+        engine_name = choose_engine(self._format, EngineName(params["engine"]))
+        options = EngineOptions(engine_name, int(params["batch_size"]), _threads())
         outcomes: dict[int, Completion] = {}
         requests: dict[int, Request] = {}
         for place, row in enumerate(model_input.to_dict("records")):
@@ -71,17 +75,41 @@ class ChatModel(PythonModel):
         return [_as_openai(outcomes[place], self._name) for place in range(len(model_input))]
 
 
+class ChatModel(PythonModel):
+    """The logged form of an onnxruntime-genai folder."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Remember where the model is."""
+        config = context.model_config
+        self._predictor = Predictor(
+            Path(context.artifacts[ARTIFACT]), str(config["name"]), str(config["digest"]), ModelFormat.ONNX
+        )
+
+    def predict(
+        self,
+        context: PythonModelContext,  # noqa: ARG002 - MLflow passes it; load_context has read it
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """As `Predictor.predict`."""
+        return self._predictor.predict(model_input, params or {})
+
+
 def _build_request(row: dict[Hashable, Any], params: dict[str, Any]) -> Request:
     # Absent optional columns arrive as NaN or None, and arrays as numpy's.
     if isinstance(row.get("request"), str):
         return Request.from_json(row["request"])
-    generation = _build_params(params)
+    own = {name: row[name] for name in PARAMETERS if name in row and not _is_absent(row[name])}
+    generation = _build_params({**params, **own})
     if isinstance(row.get("prompt"), str):
         return Request(generation, prompt=row["prompt"])
-    messages = row.get("messages")
-    if messages is None or isinstance(messages, float):
+    if _is_absent(row.get("messages")):
         raise ValueError("the row has neither messages nor a prompt")
-    return Request(generation, messages=build_messages(messages))
+    return Request(generation, messages=build_messages(row["messages"]))
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _build_params(params: dict[str, Any]) -> GenerationParams:

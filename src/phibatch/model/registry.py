@@ -13,23 +13,40 @@ from pathlib import Path
 
 import mlflow
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature, get_model_info
+from mlflow.models import Model, ModelSignature, get_model_info
+from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import Array, Object, Property
+from mlflow.types.schema import AnyType, Array, Object, Property
 from mlflow.utils.validation import (
     _validate_model_alias_name,
     _validate_model_alias_name_reserved,
     _validate_model_name,
 )
+from packaging.version import Version
 
 import phibatch
-from phibatch.contract import EngineName, GenerationParams
+from phibatch.contract import (
+    NUMBERS,
+    PARAMETERS,
+    Bounds,
+    EngineName,
+    GenerationParams,
+    ModelFormat,
+    build_params,
+)
 from phibatch.errors import ModelError
-from phibatch.model.folder import ModelFolder
+from phibatch.model import flavor
+from phibatch.model.checkpoint import Checkpoint
+from phibatch.model.engine.base import choose_engine
+from phibatch.model.folder import ModelFolder, digest_folder, link_or_copy
 from phibatch.model.pyfunc import ARTIFACT
 
 ENTRY = Path(__file__).with_name("entry.py")
-REQUIREMENTS = ("mlflow", "onnxruntime-genai", "onnxruntime", "tokenizers", "pandas", "numpy")
+REQUIREMENTS = {
+    ModelFormat.ONNX: ("onnxruntime-genai", "onnxruntime"),
+    ModelFormat.TRANSFORMERS: ("transformers", "torch", "jinja2", "safetensors"),
+}
+"""What a model of each format needs at the version it was logged with, beside what all need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +56,18 @@ class ResolvedModel:
     Attributes:
         uri: `models:/name/version`, never an alias.
         digest: SHA-256 of the model's files.
+        model_format: what the files are.
+        defaults: the generation parameters it was logged with.
     """
 
     uri: str
     digest: str
+    model_format: ModelFormat
+    defaults: GenerationParams
+
+    def choose_engine(self, name: EngineName) -> EngineName:
+        """The engine that answers when `name` is asked for. Raises ModelError where it can not run this model."""
+        return choose_engine(self.model_format, name)
 
 
 def use_default_tracking() -> None:
@@ -51,8 +76,8 @@ def use_default_tracking() -> None:
         mlflow.set_tracking_uri(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
 
 
-def signature() -> ModelSignature:
-    """What `predict` takes: every column optional, generation parameters for all rows, and the engine's options."""
+def signature(defaults: GenerationParams) -> ModelSignature:
+    """What `predict` takes: every column optional; generation parameters, by row or for all; the engine's options."""
     message = Object([Property("role", DataType.string), Property("content", DataType.string)])
     usage = [Property(f"{kind}_tokens", DataType.long) for kind in ("prompt", "completion", "total", "cached")]
     choice = Object(
@@ -63,12 +88,15 @@ def signature() -> ModelSignature:
         ]
     )
     error = [Property(name, DataType.string, required=False) for name in ("code", "message")]
-    defaults = GenerationParams()
+    # Of any type: a long can not be absent in a frame, a double column refuses whole numbers, and `stop` is a text or a
+    # list. The values are checked row by row in any case.
+    own = [ColSpec(AnyType(), name, required=False) for name in PARAMETERS]
     return ModelSignature(
         inputs=Schema(
             [
                 ColSpec(DataType.string, "prompt", required=False),
                 ColSpec(Array(message), "messages", required=False),
+                *own,
                 ColSpec(DataType.string, "request", required=False),
             ]
         ),
@@ -86,37 +114,38 @@ def signature() -> ModelSignature:
         ),
         params=ParamSchema(
             [
-                ParamSpec("engine", DataType.string, EngineName.GENAI.value),
+                ParamSpec("engine", DataType.string, EngineName.AUTO.value),
                 ParamSpec("batch_size", DataType.long, 8),
-                ParamSpec("max_tokens", DataType.long, defaults.max_tokens),
-                ParamSpec("temperature", DataType.double, defaults.temperature),
-                ParamSpec("top_p", DataType.double, defaults.top_p),
-                ParamSpec("top_k", DataType.long, defaults.top_k),
-                ParamSpec("repetition_penalty", DataType.double, defaults.repetition_penalty),
-                ParamSpec("seed", DataType.long, 0),
-                ParamSpec("stop", DataType.string, [], shape=(-1,)),
+                *(_param(name, bounds, getattr(defaults, name)) for name, bounds in NUMBERS.items()),
+                ParamSpec("stop", DataType.string, list(defaults.stop), shape=(-1,)),
             ]
         ),
     )
 
 
-def log_onnx(model_dir: Path, name: str, alias: str | None = None) -> ResolvedModel:
+def _param(name: str, bounds: Bounds, default: float | None) -> ParamSpec:
+    # No parameter may be null, and the stream of seed 0 is that of no seed.
+    return ParamSpec(name, DataType.long if bounds.whole else DataType.double, default or 0)
+
+
+def log_onnx(
+    model_dir: Path, name: str, alias: str | None = None, defaults: GenerationParams | None = None
+) -> ResolvedModel:
     """Log an onnxruntime-genai folder as a pyfunc model, register it, and give it an alias.
 
     Nothing is pickled: the logged code is `entry.py`, and the rest is this package by version.
 
+    Args:
+        model_dir: the folder.
+        name: the registered model's name.
+        alias: of the new version.
+        defaults: the generation parameters of callers who give none; None for `GenerationParams`' own.
+
     Raises:
         ModelError: the folder is not such a model, or names native code; or MLflow takes no such name or alias.
     """
-    try:
-        _validate_model_name(name)
-        if alias:
-            _validate_model_alias_name(alias)
-            _validate_model_alias_name_reserved(alias)
-    except MlflowException as error:
-        raise ModelError(str(error).splitlines()[0]) from error
+    _check_names(name, alias)
     digest = ModelFolder.open(model_dir).digest()
-    requirements = [f"phibatch=={phibatch.__version__}", *(f"{each}=={version(each)}" for each in REQUIREMENTS)]
     with _without_links(model_dir) as folder, warnings.catch_warnings():
         # An example would load the model and generate with it, to infer a signature that is given.
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
@@ -124,15 +153,78 @@ def log_onnx(model_dir: Path, name: str, alias: str | None = None) -> ResolvedMo
             name=name,
             python_model=str(ENTRY),
             artifacts={ARTIFACT: str(folder)},
-            signature=signature(),
-            pip_requirements=requirements,
+            signature=signature(defaults or GenerationParams()),
+            pip_requirements=_requirements(ModelFormat.ONNX),
             model_config={"name": name, "digest": digest},
             metadata={"phibatch_digest": digest},
             registered_model_name=name,
         )
+    return _set_alias(info, name, alias)
+
+
+def log_transformers(
+    model_dir: Path,
+    name: str,
+    alias: str | None = None,
+    defaults: GenerationParams | None = None,
+    dtype: str | None = None,
+) -> ResolvedModel:
+    """Log a transformers checkpoint with MLflow's transformers flavour, register it, and give it an alias.
+
+    The weights are copied, not loaded. What is logged can load no code: neither pickles nor scripts are in it, nor what
+    would name them.
+
+    Args:
+        model_dir: the checkpoint: `config.json`, `tokenizer.json`, safetensors, a chat template.
+        name: the registered model's name.
+        alias: of the new version.
+        defaults: the generation parameters of callers who give none; None for `GenerationParams`' own.
+        dtype: the type to compute in, as torch names it; None for the one that the checkpoint names.
+
+    Raises:
+        ModelError: the folder is not such a model, transformers is not installed, or MLflow takes no such name or
+            alias.
+    """
+    _check_names(name, alias)
+    checkpoint = Checkpoint.open(model_dir)
+    with checkpoint.stage(dtype) as folder:
+        digest = digest_folder(folder)
+        info = Model.log(
+            artifact_path=None,
+            name=name,
+            flavor=flavor,
+            registered_model_name=name,
+            metadata={"phibatch_digest": digest},
+            checkpoint=folder,
+            source=str(model_dir),
+            signature=signature(defaults or GenerationParams()),
+            pip_requirements=_requirements(ModelFormat.TRANSFORMERS),
+            model_config={"name": name, "digest": digest},
+        )
+    return _set_alias(info, name, alias)
+
+
+def _check_names(name: str, alias: str | None) -> None:
+    try:
+        _validate_model_name(name)
+        if alias:
+            _validate_model_alias_name(alias)
+            _validate_model_alias_name_reserved(alias)
+    except MlflowException as error:
+        raise ModelError(str(error).splitlines()[0]) from error
+
+
+def _requirements(model_format: ModelFormat) -> list[str]:
+    packages = ("mlflow", *REQUIREMENTS[model_format], "tokenizers", "pandas", "numpy")
+    # Without the local part: `torch==2.13.0+cpu` is in no registry.
+    pinned = (f"{each}=={Version(version(each)).public}" for each in packages)
+    return [f"phibatch=={phibatch.__version__}", *pinned]
+
+
+def _set_alias(info: ModelInfo, name: str, alias: str | None) -> ResolvedModel:
     if alias:
-        mlflow.MlflowClient().set_registered_model_alias(name, alias, info.registered_model_version)
-    return ResolvedModel(f"models:/{name}/{info.registered_model_version}", digest)
+        mlflow.MlflowClient().set_registered_model_alias(name, alias, str(info.registered_model_version))
+    return resolve_model(f"models:/{name}/{info.registered_model_version}")
 
 
 @contextmanager
@@ -142,14 +234,7 @@ def _without_links(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="phibatch-") as temporary:
-        yield Path(shutil.copytree(folder, Path(temporary, folder.name), copy_function=_link_or_copy))
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(Path(source).resolve(), target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+        yield Path(shutil.copytree(folder, Path(temporary, folder.name), copy_function=link_or_copy))
 
 
 def resolve_model(uri: str) -> ResolvedModel:
@@ -160,13 +245,18 @@ def resolve_model(uri: str) -> ResolvedModel:
     """
     try:
         fixed = _resolve_alias(uri)
-        metadata = get_model_info(fixed).metadata or {}
+        info = get_model_info(fixed)
     except (MlflowException, OSError) as error:
         raise ModelError(f"model {uri} is not known at {mlflow.get_tracking_uri()}: {_reason(uri, error)}") from error
-    digest = metadata.get("phibatch_digest")
+    digest = (info.metadata or {}).get("phibatch_digest")
     if digest is None:
         raise ModelError(f"model {uri} was not logged by `phibatch log`, so its answers can not be accounted for")
-    return ResolvedModel(fixed, str(digest))
+    loader = info.flavors[mlflow.pyfunc.FLAVOR_NAME]["loader_module"]
+    model_format = ModelFormat.TRANSFORMERS if loader == flavor.__name__ else ModelFormat.ONNX
+    logged = {spec.name: spec.default for spec in info.signature.params.params}
+    # A signature's seed is never null, and the job gives each row its own.
+    defaults = build_params({name: logged[name] for name in PARAMETERS if name != "seed"})
+    return ResolvedModel(fixed, str(digest), model_format, defaults)
 
 
 def _resolve_alias(uri: str) -> str:

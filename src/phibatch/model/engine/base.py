@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from phibatch.contract import Completion, EngineName, Request
+from phibatch.contract import ENGINES, Completion, EngineName, ModelFormat, Request
+from phibatch.errors import EngineError, ModelError
+from phibatch.model.checkpoint import missing_extra
 
 
 class Engine(Protocol):
@@ -34,6 +36,23 @@ class EngineOptions:
     engine: EngineName
     batch_size: int
     threads: int
+
+
+def choose_engine(model_format: ModelFormat, name: EngineName) -> EngineName:
+    """The engine itself, where `auto` is asked for.
+
+    Raises:
+        ModelError: the model's format is another engine's.
+    """
+    engines = ENGINES[model_format]
+    if name == EngineName.AUTO:
+        return engines[0]
+    if name not in engines:
+        raise ModelError(
+            f"the {name} engine can not run a model of {model_format} format; set model.engine to"
+            f" {', '.join((EngineName.AUTO, *engines[:-1]))} or {engines[-1]}"
+        )
+    return name
 
 
 _engines: dict[tuple[str, EngineOptions], Engine] = {}
@@ -65,3 +84,11 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
             from phibatch.model.engine.genai import GenaiEngine
 
             return GenaiEngine(model_dir, options)
+        case EngineName.TRANSFORMERS:
+            if missing := missing_extra():
+                raise EngineError(missing)
+            from phibatch.model.engine.transformers import TransformersEngine
+
+            return TransformersEngine(model_dir, options)
+        case EngineName.AUTO:
+            raise ValueError("auto is no engine: choose_engine says which one it stands for")

@@ -1,7 +1,7 @@
 """The engine on onnxruntime-genai's `Generator`: sorted, right-padded batches that share nothing but the arithmetic."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,15 +9,11 @@ import numpy as np
 import onnxruntime_genai as og
 
 from phibatch.contract import Completion, Message, Request
-from phibatch.errors import EngineError, RowError
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.engine.base import EngineOptions
-from phibatch.model.engine.row import Row
+from phibatch.model.engine.batches import generate_batches
+from phibatch.model.engine.row import Row, choose_tokens
 from phibatch.model.folder import TOKENIZER, ModelFolder
-
-MAX_BATCH_TOKENS = 8192
-"""Rows times padded length of one batch. The library allocates and zeroes that much KV at once, in fp32: 768 KiB a
-token for Phi-3-mini, so 6 GiB at the most. Two rows of its 4k context just fit, and two are the smallest batch."""
 
 
 class GenaiEngine:
@@ -38,17 +34,13 @@ class GenaiEngine:
         self._tokenizer = ChatTokenizer(model_dir / TOKENIZER, self._render)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        outcomes: dict[int, Completion] = {}
-        rows: dict[int, Row] = {}
-        for place, request in enumerate(requests):
-            try:
-                rows[place] = Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids)
-            except RowError as error:
-                outcomes[place] = Completion.failed(error.code, str(error))
-        for batch in plan_batches(list(rows.values()), self._batch_size, self._folder.context_length):
-            self._run(batch)
-        outcomes.update({place: row.completion() for place, row in rows.items()})
-        return [outcomes[place] for place in range(len(requests))]
+        return generate_batches(
+            requests,
+            lambda request: Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids),
+            self._run,
+            self._batch_size,
+            self._folder.context_length,
+        )
 
     def _render(self, messages: Sequence[Message]) -> str:
         return str(
@@ -81,35 +73,10 @@ class GenaiEngine:
         generator.append_tokens(ids)
         while True:
             logits = generator.get_logits()[:, -1, :]
-            if not np.isfinite(logits).all():
-                raise EngineError("the model's logits are not finite: the weights or the CPU kernels are broken")
-            choices = np.zeros(len(prompts), dtype=np.int64)
-            for place, row in enumerate(rows):
-                if row.finish_reason is None:
-                    choices[place] = row.step(logits[place])
+            choices = choose_tokens(rows, logits)
             if all(row.finish_reason is not None for row in rows):
                 return
             forced = np.full_like(logits, np.finfo(np.float32).min)
             forced[np.arange(len(prompts)), choices] = 0
             generator.set_logits(forced[:, None, :])
             generator.generate_next_token()
-
-
-def plan_batches(rows: list[Row], batch_size: int, context_length: int) -> Iterator[list[Row]]:
-    """Cut rows into batches that can share a generator and waste little.
-
-    Rows of like length meet. All rows of a batch are padded to the longest prompt and run until the longest limit, and
-    the two together must stay within the context and within `MAX_BATCH_TOKENS`.
-    """
-    batch: list[Row] = []
-    for row in sorted(rows, key=lambda row: (-len(row.prompt), -row.limit)):
-        # The longest prompt comes first, so it sets the width.
-        width = len((batch or [row])[0].prompt)
-        length = width + max(member.limit for member in (*batch, row))
-        fits = length <= context_length and length * (len(batch) + 1) <= MAX_BATCH_TOKENS and len(batch) < batch_size
-        if batch and not fits:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch

@@ -1,9 +1,13 @@
 """One request on its way through an engine: what it has said, and whether it is done."""
 
 import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from phibatch.contract import Completion, ErrorCode, FinishReason, Request, Usage
-from phibatch.errors import RowError
+from phibatch.errors import EngineError, RowError
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.engine.sampling import Logits, Sampler
 
@@ -78,3 +82,25 @@ class Row:
     def _finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
         self._ended = time.perf_counter()
+
+
+def choose_tokens(rows: Sequence[Row], logits: Logits) -> NDArray[np.int64]:
+    """Let every row that is not done choose its next token.
+
+    Args:
+        rows: the batch.
+        logits: shape [at least len(rows), vocabulary], a line for each row.
+
+    Returns:
+        Shape [lines of logits], zero where there is no row or it is done.
+
+    Raises:
+        EngineError: the logits are not numbers.
+    """
+    if not np.isfinite(logits).all():
+        raise EngineError("the model's logits are not finite: the weights or the CPU kernels are broken")
+    choices = np.zeros(len(logits), dtype=np.int64)
+    for place, row in enumerate(rows):
+        if row.finish_reason is None:
+            choices[place] = row.step(logits[place])
+    return choices

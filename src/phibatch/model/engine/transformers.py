@@ -1,0 +1,112 @@
+"""The engine on transformers' `generate`: left-padded batches in torch, on the CPU."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+)
+from transformers.utils import logging
+
+from phibatch.contract import Completion, Message, Request
+from phibatch.model.chat import ChatTokenizer
+from phibatch.model.engine.base import EngineOptions
+from phibatch.model.engine.batches import generate_batches
+from phibatch.model.engine.row import Row, choose_tokens
+from phibatch.model.folder import TOKENIZER
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+class TransformersEngine:
+    """Generates with a transformers checkpoint, in the type that its `config.json` names.
+
+    `generate` has one set of parameters for a batch. Here every row chooses its own token at each step, from the logits
+    that a `LogitsProcessor` is shown, and a `StoppingCriteria` tells which rows are done. Padding is masked, so a row's
+    logits are the same in any batch up to the rounding of sums of another shape: some 1e-5 in float32.
+    """
+
+    def __init__(self, model_dir: Path, options: EngineOptions) -> None:
+        torch.set_num_threads(options.threads)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self._batch_size = options.batch_size
+        self._model = AutoModelForCausalLM.from_pretrained(model_dir, use_safetensors=True, **LOCAL).eval()
+        self._context_length = int(self._model.config.max_position_embeddings)
+        own = self._model.generation_config
+        eos = own.eos_token_id
+        self._eos_token_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self._pad_token_id = min(self._eos_token_ids) if own.pad_token_id is None else int(own.pad_token_id)
+        # Every choice is ours: what the checkpoint's own settings say must not touch the logits.
+        self._model.generation_config = GenerationConfig()
+        self._library_tokenizer = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
+        self._tokenizer = ChatTokenizer(model_dir / TOKENIZER, self._render)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return generate_batches(
+            requests,
+            lambda request: Row(request, self._tokenizer, self._context_length, self._eos_token_ids),
+            self._run,
+            self._batch_size,
+            self._context_length,
+        )
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            return str(
+                self._library_tokenizer.apply_chat_template(
+                    [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+
+    def _run(self, rows: list[Row]) -> None:
+        width = max(len(row.prompt) for row in rows)
+        ids = torch.full((len(rows), width), self._pad_token_id)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, width - len(row.prompt) :] = torch.tensor(row.prompt)
+            mask[place, width - len(row.prompt) :] = 1
+            row.admit()
+        with torch.inference_mode():
+            self._model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=max(row.limit for row in rows),
+                    pad_token_id=self._pad_token_id,
+                ),
+                logits_processor=[_RowsChoose(rows)],
+                stopping_criteria=[_RowsStop(rows)],
+            )
+
+
+class _RowsChoose(LogitsProcessor):
+    """Replaces the logits by ones that leave `generate` each row's own choice."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the library's
+        choices = torch.from_numpy(choose_tokens(self._rows, scores.numpy()))
+        return torch.full_like(scores, -torch.inf).scatter_(1, choices[:, None], 0)
+
+
+class _RowsStop(StoppingCriteria):
+    """Tells `generate` which rows are done."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 - as above
+        return torch.tensor([row.finish_reason is not None for row in self._rows])
