@@ -39,6 +39,14 @@ def demo_model(tracking: str) -> Any:
 
 
 @pytest.fixture(scope="session")
+def chat_model(tracking: str) -> Any:
+    """The embedded model's transformers twin, logged as `chat@champion`."""
+    from phibatch.model.registry import log_transformers
+
+    return log_transformers(demo.TWIN_DIR, "chat", "champion")
+
+
+@pytest.fixture(scope="session")
 def spark() -> Iterator[Any]:
     """A real session of two task slots."""
     from pyspark.sql import SparkSession

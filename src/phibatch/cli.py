@@ -75,7 +75,7 @@ def log_onnx(name: str, alias: str | None, **options: Any) -> None:
     from phibatch.model import registry
 
     defaults = _defaults(options)
-    folder = _folder(options, ("*",))
+    folder = _folder(options)
     registry.use_default_tracking()
     click.echo(registry.log_onnx(folder, name, alias, defaults).uri)
 
@@ -105,7 +105,7 @@ def _defaults(options: dict[str, Any]) -> GenerationParams:
         raise ConfigError(str(error)) from error
 
 
-def _folder(options: dict[str, Any], files: tuple[str, ...]) -> Path:
+def _folder(options: dict[str, Any], files: tuple[str, ...] | None = None) -> Path:
     from phibatch.model import hub
 
     if (options["model_dir"] is None) == (options["hf_repo"] is None):

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import mlflow
 import pytest
 
 from phibatch import demo
 
 REPO = "example/tiny-onnx"
+CHAT_REPO = "example/tiny-chat"
 SUBFOLDER = "cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4"
 COMMIT = "0" * 39 + "1"
 
@@ -21,9 +24,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     asked: list[str]
 
-    def files(self):
-        model = {f"{SUBFOLDER}/{file.name}": file.read_bytes() for file in demo.MODEL_DIR.iterdir()}
-        return {**model, f"{SUBFOLDER}/configuration.py": b"raise SystemExit", "README.md": b"a readme"}
+    def files(self, repo):
+        if repo == REPO:
+            model = {f"{SUBFOLDER}/{file.name}": file.read_bytes() for file in demo.MODEL_DIR.iterdir()}
+            return {**model, f"{SUBFOLDER}/configuration.py": b"raise SystemExit", "README.md": b"a readme"}
+        model = {file.name: file.read_bytes() for file in demo.TWIN_DIR.iterdir()}
+        others = ("modeling_phi3.py", "pytorch_model.bin", "onnx/config.json", "original/consolidated.safetensors")
+        return {**model, **dict.fromkeys(others, b"raise SystemExit"), "LICENSE": b"a licence"}
 
     def do_GET(self):
         self.answer(body=True)
@@ -34,17 +41,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, *, body):
         self.asked.append(self.path)
         path = self.path.partition("?")[0]
-        if path.startswith(f"/api/models/{REPO}/revision/") or path == f"/api/models/{REPO}":
-            listing = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files()]}
+        repo = next((repo for repo in (REPO, CHAT_REPO) if f"/{repo}" in path), None)
+        if repo and (path.startswith(f"/api/models/{repo}/revision/") or path == f"/api/models/{repo}"):
+            listing = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files(repo)]}
             return self.send(json.dumps(listing).encode(), body, {"Content-Type": "application/json"})
-        if path.startswith(f"/api/models/{REPO}/tree/"):
+        if repo and path.startswith(f"/api/models/{repo}/tree/"):
             tree = [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}  # noqa: S324 - git's
-                for name, content in self.files().items()
+                for name, content in self.files(repo).items()
             ]
             return self.send(json.dumps(tree).encode(), body, {"Content-Type": "application/json"})
-        name = path.removeprefix(f"/{REPO}/resolve/").partition("/")[2]
-        content = self.files().get(name) if path.startswith(f"/{REPO}/resolve/") else None
+        name = path.removeprefix(f"/{repo}/resolve/").partition("/")[2]
+        content = self.files(repo).get(name) if repo and path.startswith(f"/{repo}/resolve/") else None
         if content is None:
             return self.send(
                 b"{}", body, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repository"}, 404
@@ -67,19 +75,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, tracking):
-    """A hub on loopback, and a way to run `phibatch log onnx` against it."""
+    """A hub on loopback, and a way to run `phibatch log` against it."""
     Hub.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def log(*arguments):
+    def log(variant, *arguments):
         environment = {
             **os.environ,
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(tmp_path / "hub"),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        command = [sys.executable, "-m", "phibatch.cli", "log", "onnx", "--name", "from-hub", *arguments]
+        command = [sys.executable, "-m", "phibatch.cli", "log", variant, "--name", f"hub-{variant}", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     yield log
@@ -89,13 +97,27 @@ def hub(tmp_path, tracking):
 
 def test_a_model_is_logged_from_a_hub(hub):
     """`--hf-repo` and `--subfolder` fetch that folder with a progress bar, without its code, and log it."""
-    done = hub("--hf-repo", REPO, "--subfolder", SUBFOLDER, "--alias", "champion")
+    done = hub("onnx", "--hf-repo", REPO, "--subfolder", SUBFOLDER, "--alias", "champion")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("models:/from-hub/")
+    assert done.stdout.splitlines()[-1].startswith("models:/hub-onnx/")
     assert "%|" in done.stderr
     fetched = {path for path in Hub.asked if "/resolve/" in path}
     assert any(path.endswith("model.onnx") for path in fetched)
     assert not any(path.endswith((".py", "README.md")) for path in fetched)
+
+
+def test_a_checkpoint_is_logged_from_a_hub(hub, tmp_path):
+    """Of a checkpoint's repository only its own safetensors and texts are fetched, and nothing else is asked."""
+    done = hub("transformers", "--hf-repo", CHAT_REPO)
+    assert done.returncode == 0, done.stderr
+    uri = done.stdout.splitlines()[-1]
+    assert uri.startswith("models:/hub-transformers/")
+    fetched = {path.rpartition("/")[2] for path in Hub.asked if "/resolve/" in path}
+    assert fetched == {file.name for file in demo.TWIN_DIR.iterdir()} | {"LICENSE"}
+    assert all(f"/{CHAT_REPO}" in path for path in Hub.asked)
+    logged = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "logged")))
+    assert {file.name for file in (logged / "model").iterdir()} == fetched
+    assert (logged / "model" / "LICENSE").read_bytes() == b"a licence"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +130,7 @@ def test_a_model_is_logged_from_a_hub(hub):
 )
 def test_what_a_hub_lacks_is_one_sentence(hub, arguments, sentence):
     """A repository or folder that is not there ends with exit code 2 and a sentence."""
-    done = hub(*arguments)
+    done = hub("onnx", *arguments)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"phibatch: {sentence}")
     assert "Traceback" not in done.stderr

@@ -1,14 +1,19 @@
 import mlflow
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+
+from phibatch import demo
+from phibatch.errors import ModelError
 
 TUTORIAL = "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
 SPAIN = [{"role": "user", "content": "What is the capital of Spain?"}]
 
 
-@pytest.fixture(scope="module")
-def model(demo_model):
-    return mlflow.pyfunc.load_model(demo_model.uri)
+@pytest.fixture(scope="module", params=["demo_model", "chat_model"])
+def model(request):
+    """Both variants, which keep one contract."""
+    return mlflow.pyfunc.load_model(request.getfixturevalue(request.param).uri)
 
 
 def test_the_tutorials_prompt_is_answered(model):
@@ -59,3 +64,77 @@ def test_the_echo_engine_is_chosen_by_name(model):
     """The same logged model answers with the stand-in when asked to."""
     response = model.predict({"messages": SPAIN}, params={"engine": "echo"})
     assert response[0]["choices"][0]["message"]["content"] == SPAIN[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "lengths"),
+    [
+        ({"max_tokens": [1, 3, 30]}, [1, 3, 7]),
+        ({"max_tokens": [1.0, None, 2.0]}, [1, 7, 2]),
+        ({"max_tokens": [None, None, None]}, [7, 7, 7]),
+        ({"stop": [["Spain"], None, ["§", "The"]]}, [4, 7, 1]),
+        ({"stop": ["Spain", None, "The"]}, [4, 7, 1]),
+    ],
+    ids=str,
+)
+def test_parameters_hold_row_by_row(model, columns, lengths):
+    """A row's own parameters are its own, whole or with gaps, as numbers of either kind, and as a text or a list."""
+    responses = model.predict(pd.DataFrame({"messages": [SPAIN] * 3, **columns}))
+    assert [response["error"]["message"] for response in responses] == [None] * 3
+    counts = [response["usage"]["completion_tokens"] for response in responses]
+    assert [min(count, 7) for count in counts] == lengths
+
+
+def test_a_rows_own_parameters_go_before_those_for_all(model):
+    """`params` are for the rows that say nothing; seeds tell rows apart and repeat themselves."""
+    frame = pd.DataFrame({"messages": [SPAIN] * 3, "max_tokens": [None, 2, None]})
+    responses = model.predict(frame, params={"max_tokens": 1})
+    assert [response["usage"]["completion_tokens"] for response in responses] == [1, 2, 1]
+    coin = [{"role": "user", "content": "Flip a coin."}]
+    frame = pd.DataFrame({"messages": [coin] * 24, "seed": [*range(12), *range(12)]})
+    texts = [each["choices"][0]["message"]["content"] for each in model.predict(frame, params={"temperature": 1.0})]
+    assert texts[:12] == texts[12:]
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"max_tokens": ["many"]}, "max_tokens is 'many'; it must be a whole number from 1 up to 2147483647"),
+        ({"max_tokens": [1.5]}, "max_tokens is 1.5; it must be a whole number from 1 up to 2147483647"),
+        ({"top_k": [2**40]}, "top_k is 1099511627776.0; it must be a whole number from 0 up to 2147483647"),
+        ({"stop": [5]}, "stop is 5.0; it must be a list of non-empty strings"),
+        ({"stop": [[None]]}, "stop must be a list of non-empty strings"),
+    ],
+    ids=str,
+)
+def test_a_bad_parameter_fails_its_row_alone(model, columns, sentence):
+    """A value out of its bounds is that row's error, and its neighbour is answered."""
+    values = {name: [*column, None] for name, column in columns.items()}
+    failed, answered = model.predict(pd.DataFrame({"messages": [SPAIN] * 2, **values}))
+    assert failed["error"] == {"code": "invalid_request", "message": sentence}
+    assert type(failed["error"]["code"]) is str
+    assert "Madrid" in answered["choices"][0]["message"]["content"]
+
+
+def test_both_variants_count_alike_and_agree(demo_model, chat_model):
+    """On the same 120 prompts the int4 model and its twin count equal prompt tokens, and at least 95 % answer alike."""
+    prompts = pq.read_table(demo.PROMPTS).to_pandas().head(120)
+    messages = [
+        [*([{"role": "system", "content": row.system}] if row.system else []), {"role": "user", "content": row.prompt}]
+        for row in prompts.itertuples()
+    ]
+    frame = pd.DataFrame({"messages": messages})
+    onnx, twin = (mlflow.pyfunc.load_model(each.uri).predict(frame) for each in (demo_model, chat_model))
+    assert [each["usage"]["prompt_tokens"] for each in onnx] == [each["usage"]["prompt_tokens"] for each in twin]
+    answers = [[each["choices"][0]["message"]["content"] for each in responses] for responses in (onnx, twin)]
+    assert sum(left == right for left, right in zip(*answers, strict=True)) >= 0.95 * 120
+
+
+@pytest.mark.parametrize("variant", ["demo_model", "chat_model"])
+def test_an_engine_of_another_format_is_refused(request, variant):
+    """A model is not run by an engine that can not read it."""
+    model = mlflow.pyfunc.load_model(request.getfixturevalue(variant).uri)
+    other = "transformers" if variant == "demo_model" else "genai"
+    with pytest.raises(ModelError, match=f"the {other} engine can not run a model of .* format; set model.engine to"):
+        model.predict({"messages": SPAIN}, params={"engine": other})

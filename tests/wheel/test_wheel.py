@@ -30,8 +30,11 @@ def test_the_wheel_carries_types_and_demo(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"phibatch"}
 
 
-def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path):
-    """In an environment with nothing but the wheel and its core dependencies, a model is logged and the job answers."""
+def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path, chat_model, tracking):
+    """In an environment with nothing but the wheel and its core dependencies, a model is logged and the job answers.
+
+    What the other variant lacks there is one sentence that names the extra.
+    """
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = venv / "bin" / "python"
@@ -51,10 +54,13 @@ def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path):
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYSPARK", "MLFLOW"))
     }
 
+    def start(*command, **variables):
+        command = [str(part) for part in command]
+        settings = {"cwd": tmp_path, "env": {**environment, **variables}}
+        return subprocess.run(command, **settings, check=False, capture_output=True, text=True)
+
     def run(*command):
-        done = subprocess.run(
-            [str(part) for part in command], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
-        )
+        done = start(*command)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().splitlines()[-1]
 
@@ -73,3 +79,21 @@ def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path):
     )
     table = pd.read_parquet(tmp_path / "out")
     assert (table["response"] == table["expected"]).mean() >= 0.95
+
+    twin = run(python, "-c", "from phibatch import demo; print(demo.TWIN_DIR)")
+    logging = start(venv / "bin" / "phibatch", "log", "transformers", "--model-dir", twin, "--name", "chat")
+    needed = "a transformers model needs transformers and torch to be installed: install phibatch[transformers]"
+    assert (logging.returncode, logging.stderr.strip()) == (2, f"phibatch: {needed}")
+    job = (
+        venv / "bin" / "phibatch",
+        "run",
+        "--input",
+        prompts,
+        "--output",
+        tmp_path / "chat",
+        "--model",
+        chat_model.uri,
+    )
+    running = start(*job, MLFLOW_TRACKING_URI=tracking)
+    assert running.returncode == 1
+    assert running.stderr.strip().splitlines()[-1] == f"phibatch: the engine failed: {needed}"

@@ -134,6 +134,6 @@ def _as_openai(completion: Completion, model: str) -> dict[str, Any]:
         "model": model,
         "choices": [] if completion.error_code else [choice],
         "usage": completion.usage.as_dict(),
-        "error": {"code": completion.error_code, "message": completion.error_message},
+        "error": {"code": completion.error_code and str(completion.error_code), "message": completion.error_message},
         "generation_seconds": completion.generation_seconds,
     }
