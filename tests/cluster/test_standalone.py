@@ -54,3 +54,20 @@ def test_a_cluster_answers_as_one_core_does(cluster, submit, demo_model, thousan
     assert len(table) == 1000
     failed = table[table["response"].isna()]
     assert {name: error["code"] for name, error in failed["error"].items()} == BAD
+
+
+def test_the_chat_variant_runs_on_a_cluster(cluster, submit, chat_model, tmp_path):
+    """The checkpoint reaches the workers with the model, and conversations have their trained answers."""
+    arguments = (
+        "--input",
+        str(demo.CONVERSATIONS),
+        "--output",
+        str(tmp_path / "chat"),
+        "--model",
+        "models:/chat@champion",
+    )
+    done = submit(cluster, *arguments, "--set", "output.keep_columns=[expected]", "--set", "job.partitions=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = read(tmp_path / "chat")
+    assert (table["response"] == table["expected"]).mean() >= 0.95
+    assert set(table["model"]) == {chat_model.uri}
