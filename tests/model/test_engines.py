@@ -1,20 +1,40 @@
 """What every engine with weights promises, of each of them."""
 
+import json
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from phibatch import demo
 from phibatch.contract import EngineName, ErrorCode, FinishReason, GenerationParams, Message, Request
+from phibatch.errors import EngineError
 from phibatch.model.engine.base import EngineOptions, load_engine
 
 PROMPTS = pq.read_table(demo.PROMPTS).to_pylist()
 FOLDERS = {EngineName.GENAI: demo.MODEL_DIR, EngineName.TRANSFORMERS: demo.TWIN_DIR}
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=str)
-def engine(request):
-    return load_engine(FOLDERS[request.param], "digest", EngineOptions(request.param, batch_size=8, threads=2))
+def build(name, folder=None, batch_size=8, threads=2):
+    folder = folder or FOLDERS[name]
+    return load_engine(folder, str(folder), EngineOptions(name, batch_size, threads))
+
+
+@pytest.fixture(params=FOLDERS, ids=str)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def engine(name):
+    return build(name)
 
 
 def request(row, **params):
@@ -49,7 +69,6 @@ def test_the_limit_is_the_rows_own_and_says_length(engine):
 
 def test_usage_is_the_tokenizers_count(engine):
     """Prompt tokens are the rendered chat's, and completion tokens are the answer's, by transformers' tokenizer."""
-
     tokenizer = AutoTokenizer.from_pretrained(demo.TWIN_DIR)
     answers = engine.generate([request(row, max_tokens=100) for row in PROMPTS[:20]])
     for row, answer in zip(PROMPTS[:20], answers, strict=True):
@@ -102,3 +121,87 @@ def test_the_context_cuts_a_row_that_nearly_fills_it(engine):
     if full.finish_reason == FinishReason.LENGTH:
         assert full.usage.total_tokens == 1024
     assert essence([neighbour]) == essence(engine.generate([requests[1]]))
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9}], ids=["greedy", "sampled"])
+def test_an_answer_does_not_depend_on_its_batch(name, params):
+    """Text, finish_reason and usage are the same alone, in any company, in any order, and at any batch size.
+
+    The ONNX engine's by its arithmetic; that of transformers, in float32, as far as no two tokens are equally likely.
+    """
+    rng = random.Random(3)
+    requests = [
+        request(row, max_tokens=rng.randint(1, 60), seed=place, repetition_penalty=rng.choice([1.0, 1.2]), **params)
+        for place, row in enumerate(PROMPTS[:48])
+    ]
+    expected = essence(build(name).generate(requests))
+    for size in (1, 2, 3, 5, 16, 32):
+        order = list(range(len(requests)))
+        rng.shuffle(order)
+        shuffled = essence(build(name, batch_size=size, threads=1).generate([requests[place] for place in order]))
+        assert dict(zip(order, shuffled, strict=True)) == dict(enumerate(expected)), f"batch size {size}"
+
+
+def ask_for_more(name, folder):
+    """Have a folder ask for sampling, penalties, a minimum length and the like."""
+    settings = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 3.0, "min_length": 500}
+    file = folder / ("genai_config.json" if name == EngineName.GENAI else "generation_config.json")
+    document = json.loads(file.read_text())
+    own = document["search"] if name == EngineName.GENAI else document
+    own |= {**settings, "no_repeat_ngram_size": 1}
+    file.write_text(json.dumps(document))
+
+
+def test_a_folders_own_settings_do_not_touch_the_answers(name, tmp_path):
+    """What counts is the request, whatever a folder asks for."""
+    folder = shutil.copytree(FOLDERS[name], tmp_path / "settings")
+    ask_for_more(name, folder)
+    requests = [request(row) for row in PROMPTS[:6]]
+    assert essence(build(name, folder).generate(requests)) == essence(build(name).generate(requests))
+
+
+def break_weights(name, folder):
+    if name == EngineName.GENAI:
+        for file in folder.glob("*.data"):
+            file.write_bytes(b"\xff" * file.stat().st_size)
+    else:
+        file = folder / "model.safetensors"
+        broken = {key: torch.full_like(weight, torch.nan) for key, weight in load_file(file).items()}
+        save_file(broken, file, metadata={"format": "pt"})
+
+
+def test_broken_weights_fail_the_engine_and_not_the_row(name, tmp_path):
+    """Logits that are not numbers raise: no row of such a model can be trusted."""
+    folder = shutil.copytree(FOLDERS[name], tmp_path / "broken")
+    break_weights(name, folder)
+    with pytest.raises(EngineError, match="logits are not finite"):
+        build(name, folder).generate([request(PROMPTS[0])])
+
+
+def test_one_engine_per_process(name, tmp_path):
+    """The same files from another folder are the same engine; other options are another, and only one is kept."""
+    options = EngineOptions(name, batch_size=2, threads=1)
+    copy = shutil.copytree(FOLDERS[name], tmp_path / "copy")
+    first = load_engine(FOLDERS[name], "digest", options)
+    assert load_engine(copy, "digest", options) is first
+    assert load_engine(FOLDERS[name], "digest", replace(options, batch_size=4)) is not first
+    assert load_engine(FOLDERS[name], "digest", options) is not first
+
+
+def test_nothing_is_reported_to_anyone(name, tmp_path):
+    """Loading and running the model writes nothing under the user's folders, also outside of a CI machine."""
+    code = (
+        "from pathlib import Path\n"
+        "from phibatch.contract import *\n"
+        "from phibatch.model.engine.base import *\n"
+        f"engine = load_engine(Path({str(FOLDERS[name])!r}), 'd', EngineOptions(EngineName({name.value!r}), 2, 1))\n"
+        "print(engine.generate([Request(GenerationParams(max_tokens=1), prompt='hi')])[0].error_code)\n"
+    )
+    environment = {
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": ":".join(filter(None, sys.path)),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+    assert list(tmp_path.rglob("*")) == []
