@@ -75,6 +75,7 @@ def log_onnx(name: str, alias: str | None, **options: Any) -> None:
     from phibatch.model import registry
 
     defaults = _defaults(options)
+    registry.check_names(name, alias)
     folder = _folder(options)
     registry.use_default_tracking()
     click.echo(registry.log_onnx(folder, name, alias, defaults).uri)
@@ -92,6 +93,9 @@ def log_transformers(name: str, alias: str | None, dtype: str | None, **options:
     from phibatch.model import checkpoint, registry
 
     defaults = _defaults(options)
+    registry.check_names(name, alias)
+    if options["hf_repo"]:
+        checkpoint.check_extra()  # before gigabytes are downloaded
     folder = _folder(options, checkpoint.FILES)
     registry.use_default_tracking()
     click.echo(registry.log_transformers(folder, name, alias, defaults, dtype).uri)

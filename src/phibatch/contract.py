@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -161,7 +161,7 @@ def build_params(values: dict[str, Any]) -> GenerationParams:
     stop = values.get("stop")
     if stop is None or isinstance(stop, str):
         stop = [stop] if stop else []
-    elif not isinstance(stop, Iterable):
+    elif isinstance(stop, Mapping) or not isinstance(stop, Iterable):
         raise ValueError(f"stop is {stop!r}; it must be a list of non-empty strings")
     return GenerationParams(**{**values, "stop": tuple(stop)})
 
@@ -170,7 +170,7 @@ def build_messages(values: Any) -> tuple[Message, ...]:
     """A checked conversation from dicts of `role` and `content`.
 
     Raises:
-        ValueError: it is empty, or a message lacks a known role or its text.
+        ValueError: it is empty, a message lacks a known role or its text, or the last is not the user's.
     """
     messages = []
     for position, value in enumerate(values):
@@ -181,9 +181,15 @@ def build_messages(values: Any) -> tuple[Message, ...]:
             raise ValueError(f"messages[{position}].role is {str(role)[:20]!r}; it must be one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"messages[{position}].content is not text")
+        if role != "assistant" and not content.strip():
+            raise ValueError(f"messages[{position}].content is blank")
+        if role == "system" and position:
+            raise ValueError("a system message may only come first")
         messages.append(Message(role, content))
     if not messages:
         raise ValueError("messages is empty")
+    if messages[-1].role != "user":
+        raise ValueError("the last message is not the user's")
     return tuple(messages)
 
 

@@ -72,21 +72,23 @@ def test_what_could_load_code_is_not_logged(folder, tracking, tmp_path):
     (folder / "modeling_phi3.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     named = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
-    kernels = {"attn_implementation": "example/kernels", "sub": [{"_attn_implementation": "example/kernels"}]}
-    edit(folder / "config.json", lambda config: config.update(auto_map=named, **kernels))
+    kernels = {"attn_implementation": "example/kernels", "sub": [{"_experts_implementation": "example/kernels"}]}
+    elsewhere = {"transformers_weights": "other.safetensors.index.json"}
+    edit(folder / "config.json", lambda config: config.update(auto_map=named, **kernels, **elsewhere))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"auto_map": named}))
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     edit(folder / "tokenizer_config.json", lambda config: config.update(auto_map={"AutoTokenizer": ["x.Y", None]}))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     model = log_transformers(folder, "stripped")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     local = Path(mlflow.artifacts.download_artifacts(model.uri, dst_path=str(tmp_path / "logged")))
     assert [file for file in local.rglob("*") if file.suffix in {".py", ".bin", ".pkl"}] == []
+    assert [file.name for file in local.rglob("*.safetensors")] == ["model.safetensors"]
     for file in local.rglob("*.json"):
-        assert "auto_map" not in file.read_text()
-        assert "attn_implementation" not in file.read_text()
-    assert (
-        "Madrid"
-        in mlflow.pyfunc.load_model(model.uri).predict({"messages": SPAIN})[0]["choices"][0]["message"]["content"]
-    )
+        for key in ("auto_map", "attn_implementation", "experts_implementation", "transformers_weights"):
+            assert key not in file.read_text()
+    response = mlflow.pyfunc.load_model(model.uri).predict({"messages": SPAIN})
+    assert "Madrid" in response[0]["choices"][0]["message"]["content"]
 
 
 def test_a_type_to_compute_in_is_another_model(folder, tracking):
@@ -117,7 +119,12 @@ def test_weights_in_several_files_are_taken(folder, tracking):
         Checkpoint.open(folder)
     index["weight_map"][names[0]] = "../a.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="outside the folder"):
+    with pytest.raises(ModelError, match="not a safetensors file of the folder"):
+        Checkpoint.open(folder)
+    (folder / "weights.txt").write_bytes(b"\x80\x04N.")
+    index["weight_map"] = dict.fromkeys(names, "weights.txt")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"names weights.txt, which is not a safetensors file"):
         Checkpoint.open(folder)
 
 
@@ -138,12 +145,23 @@ def test_what_a_checkpoint_lacks_is_named(folder, name):
         (
             "config.json",
             lambda c: c.update(architectures=["EvilForCausalLM"]),
-            "EvilForCausalLM, which is not a causal",
+            "EvilForCausalLM of type phi3, which is not a causal",
         ),
-        ("config.json", lambda c: c.update(architectures=["BertModel"]), "BertModel, which is not a causal"),
+        ("config.json", lambda c: c.update(architectures=["BertModel"]), "BertModel of type phi3, which"),
         ("config.json", lambda c: c.pop("architectures"), "names the architecture None"),
+        ("config.json", lambda c: c.update(model_type="llama"), "Phi3ForCausalLM of type llama, which is"),
+        ("config.json", lambda c: c.update(model_type="evil"), "Phi3ForCausalLM of type evil, which is"),
+        ("config.json", lambda c: c.update(part={"quantization_config": {"a": 1}}), "quantised weights"),
+        (
+            "config.json",
+            lambda c: (
+                c.pop("max_position_embeddings") and c.update(model_type="bloom", architectures=["BloomForCausalLM"])
+            ),
+            "gives no max_position_embeddings",
+        ),
         ("config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"}), "quantised weights"),
-        ("generation_config.json", lambda c: c.pop("eos_token_id"), "names no eos_token_id"),
+        ("generation_config.json", lambda c: c.update(eos_token_id=[]), "names no eos_token_id"),
+        ("generation_config.json", lambda c: c.update({"eos_token_id": "900"}), "names no eos_token_id"),
     ],
 )
 def test_what_can_not_be_run_is_refused(folder, name, change, sentence):
@@ -152,6 +170,36 @@ def test_what_can_not_be_run_is_refused(folder, name, change, sentence):
     with pytest.raises(ModelError) as error:
         Checkpoint.open(folder)
     assert sentence in str(error.value)
+
+
+def test_both_ways_of_loading_stop_at_the_same_tokens(folder, tracking):
+    """Where generation_config.json is silent, config.json says which tokens end a turn, and the logged copy says it."""
+    (folder / "generation_config.json").unlink()
+    model = log_transformers(folder, "ends")
+    assert mlflow.transformers.load_model(model.uri).model.generation_config.eos_token_id == [900]
+    response = mlflow.pyfunc.load_model(model.uri).predict({"messages": SPAIN}, params={"max_tokens": 40})
+    assert response[0]["usage"]["completion_tokens"] > 7
+
+
+@pytest.mark.parametrize(("place", "log"), [(demo.MODEL_DIR, log_onnx), (demo.TWIN_DIR, log_transformers)])
+def test_a_link_out_of_the_folder_is_refused(tmp_path, tracking, place, log):
+    """What a link leads to would be logged: only the hub client's own store may lie outside."""
+    outside = tmp_path / "secret"
+    outside.write_text("secret")
+    linked = shutil.copytree(place, tmp_path / "linked")
+    (linked / "README.md").symlink_to(outside)
+    with pytest.raises(ModelError, match=r"README.md is a link that leads out of the model's folder"):
+        log(linked, "linked")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(place.iterdir()):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    model = log(snapshot, "linked")
+    response = mlflow.pyfunc.load_model(model.uri).predict({"messages": SPAIN})
+    assert "Madrid" in response[0]["choices"][0]["message"]["content"]
 
 
 def test_an_adapter_is_refused(folder):

@@ -106,20 +106,19 @@ def test_a_prompt_beyond_the_context_fails_alone(engine):
 
 
 def test_the_context_cuts_a_row_that_nearly_fills_it(engine):
-    """A prompt that fits leaves room for the rest of the context, and no more; a neighbour is not cut with it."""
-    tokenizer = engine._tokenizer
-    words = "a " * 100
-    ids = len(tokenizer.encode_messages([Message("user", words)]))
-    per_word = (len(tokenizer.encode_messages([Message("user", words * 2)])) - ids) / 100
-    nearly = Request(
-        GenerationParams(max_tokens=500), messages=(Message("user", "a " * int((1000 - ids) / per_word + 100)),)
-    )
+    """A prompt that all but fills the context has what is left of it, and no more; a neighbour is not cut with it."""
+    sizes = {}
+    for words in range(300, 1100):
+        size = len(engine._tokenizer.encode_messages([Message("user", "a " * words)]))
+        sizes.setdefault(size, words)
+        if size >= 1022:
+            break
+    assert 1022 in sizes
+    nearly = Request(GenerationParams(max_tokens=500), messages=(Message("user", "a " * sizes[1022]),))
     requests = [nearly, request(PROMPTS[0], max_tokens=100)]
     full, neighbour = engine.generate(requests)
-    assert full.usage.prompt_tokens < 1024
-    assert full.usage.total_tokens <= 1024
-    if full.finish_reason == FinishReason.LENGTH:
-        assert full.usage.total_tokens == 1024
+    assert (full.usage.prompt_tokens, full.usage.total_tokens) == (1022, 1024)
+    assert full.finish_reason == FinishReason.LENGTH
     assert essence([neighbour]) == essence(engine.generate([requests[1]]))
 
 

@@ -1,10 +1,12 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import mlflow
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from phibatch import demo
-from phibatch.errors import ModelError
+from phibatch.errors import InputError, ModelError
 
 TUTORIAL = "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
 SPAIN = [{"role": "user", "content": "What is the capital of Spain?"}]
@@ -138,3 +140,21 @@ def test_an_engine_of_another_format_is_refused(request, variant):
     other = "transformers" if variant == "demo_model" else "genai"
     with pytest.raises(ModelError, match=f"the {other} engine can not run a model of .* format; set model.engine to"):
         model.predict({"messages": SPAIN}, params={"engine": other})
+
+
+@pytest.mark.parametrize(
+    "rows", [pd.DataFrame({"prmpt": ["a", "b"]}), ["a", "b"], "a"], ids=["misspelt", "list", "text"]
+)
+def test_an_input_without_anything_to_answer_is_refused(model, rows):
+    """MLflow drops what the signature does not name; rows are not dropped with it."""
+    with pytest.raises(InputError, match="the input has neither messages nor a prompt"):
+        model.predict(rows)
+
+
+def test_a_scoring_servers_threads_take_turns(model):
+    """Calls from several threads at once are each answered as alone."""
+    questions = [[{"role": "user", "content": text}] for text in ("Flip a coin.", "What is the capital of Spain?")]
+    alone = [model.predict({"messages": each})[0]["choices"] for each in questions]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda each: model.predict({"messages": each})[0]["choices"], questions * 6))
+    assert together == alone * 6

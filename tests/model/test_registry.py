@@ -55,7 +55,8 @@ def test_an_alias_is_resolved_to_its_version(demo_model):
         ("models:/demo@nobody", "alias nobody not found"),
         ("models:/demo/999", "not found"),
         ("runs:/0123456789abcdef0123456789abcdef/model", "not found"),
-        ("/nope", "MLmodel"),
+        ("/nope", "a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("demo@champion", "a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
 def test_an_unknown_model_is_one_sentence(demo_model, uri, sentence):

@@ -1,9 +1,12 @@
 import shutil
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from phibatch import demo
 from phibatch.contract import EngineName, GenerationParams, Message, Request
+from phibatch.errors import EngineError
 from phibatch.model.engine.base import EngineOptions
 from phibatch.model.engine.transformers import TransformersEngine
 
@@ -34,3 +37,25 @@ def test_a_template_that_refuses_is_the_rows_own_error(tmp_path):
         "invalid_request",
         "the chat template refuses the conversation: not that",
     )
+
+
+def test_a_template_that_fails_is_the_rows_own_error(tmp_path):
+    """A template that was not written for a conversation fails that row, whatever it stumbles over."""
+    folder = shutil.copytree(demo.TWIN_DIR, tmp_path / "stumbling")
+    template = (folder / "chat_template.jinja").read_text()
+    check = "{% if messages[0]['content'] == 'no' %}{{ 'a' + 1 }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(check + template)
+    requests = [Request(GenerationParams(), messages=(Message("user", text),)) for text in ("Name a colour.", "no")]
+    answered, failed = build(folder).generate(requests)
+    assert answered.text
+    assert failed.error_message.startswith("the chat template refuses the conversation: ")
+
+
+def test_weights_that_are_not_there_fail_the_engine(tmp_path):
+    """A tensor that the files do not hold would be drawn at random, by every worker for itself."""
+    folder = shutil.copytree(demo.TWIN_DIR, tmp_path / "incomplete")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"no weights for 1 of the model's tensors: lm_head.weight"):
+        build(folder)

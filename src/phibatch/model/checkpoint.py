@@ -10,26 +10,33 @@ from pathlib import Path
 from typing import Any, Self
 
 from phibatch.errors import ModelError
-from phibatch.model.folder import TOKENIZER, has_chat_template, is_inside, link_or_copy, read_json
+from phibatch.model.folder import TOKENIZER, check_links, has_chat_template, is_inside, read_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
-"""The files of a checkpoint that are logged: weights as safetensors, and text. No code, and no pickle."""
+TEXTS = (
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("README.md", "LICENSE*", "NOTICE*"),
+)
+FILES = (CONFIG, GENERATION_CONFIG, INDEX, "*.safetensors", *TEXTS)
+"""Patterns of all that a checkpoint is made of. No code, and no pickle."""
 
-CODE_KEYS = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"}
-"""Keys by which a configuration has transformers load code from files or from a hub."""
+FOREIGN_KEYS = {
+    *("auto_map", "transformers_weights"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+}
+"""Keys by which a configuration has transformers load code, from files or a hub, or weights from other files."""
 
 
-def missing_extra() -> str | None:
-    """What to say where transformers or torch is not installed; None where both are."""
+def check_extra() -> None:
+    """Raise ModelError where transformers or torch is not installed."""
     missing = [name for name in ("transformers", "torch") if find_spec(name) is None]
-    if not missing:
-        return None
-    return f"a transformers model needs {' and '.join(missing)} to be installed: install phibatch[transformers]"
+    if missing:
+        raise ModelError(
+            f"a transformers model needs {' and '.join(missing)} to be installed: install phibatch[transformers]"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +45,15 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        config: its `config.json`.
+        config: its `config.json`, without `FOREIGN_KEYS`.
+        eos_token_ids: the tokens that end a turn.
+        weights: the names of its safetensors files.
     """
 
     path: Path
     config: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    weights: tuple[str, ...]
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -52,83 +63,108 @@ class Checkpoint:
             ModelError: transformers is not installed, or the folder is not such a model, or its architecture is none
                 of transformers' own. The sentence names what is missing.
         """
-        if missing := missing_extra():
-            raise ModelError(missing)
         absent = [name for name in (CONFIG, TOKENIZER) if not (path / name).is_file()]
         if absent:
             raise ModelError(f"{path} is not a transformers checkpoint: {' and '.join(absent)} missing")
-        if (path / ADAPTER).is_file():
+        if (path / "adapter_config.json").is_file():
             raise ModelError(f"{path} is an adapter: merge it into its base model, and log that")
-        config = read_json(path / CONFIG)
+        check_links(path)
+        check_extra()
+        config = _without_foreign(read_json(path / CONFIG))
         _check_architecture(path / CONFIG, config)
-        _check_weights(path)
-        generation = path / GENERATION_CONFIG
-        if (read_json(generation) if generation.is_file() else config).get("eos_token_id") is None:
-            raise ModelError(f"{path} names no eos_token_id, so its answers would not end")
         if not has_chat_template(path):
             raise ModelError(
                 f"{path} has no chat template: neither chat_template.jinja nor tokenizer_config.json gives one"
             )
-        return cls(path, config)
+        return cls(path, config, _read_eos(path, config), _read_weights(path))
 
     @contextmanager
     def stage(self, dtype: str | None = None) -> Iterator[Path]:
-        """A temporary copy, by hard links where it can, with nothing in it that could load code.
+        """A temporary copy with nothing in it that could load code; what is copied whole are links.
 
         Args:
             dtype: how the weights are to be computed with, `float32` for instance; None is as the checkpoint says.
         """
+        written = {CONFIG: self.config}
+        for name in (GENERATION_CONFIG, "tokenizer_config.json"):
+            if (self.path / name).is_file():
+                written[name] = _without_foreign(read_json(self.path / name))
+        # Both ways of loading must stop at the same tokens.
+        written[GENERATION_CONFIG] = {**written.get(GENERATION_CONFIG, {}), "eos_token_id": list(self.eos_token_ids)}
+        if dtype:
+            written[CONFIG] = {key: value for key, value in self.config.items() if key != "torch_dtype"}
+            written[CONFIG]["dtype"] = dtype
+        copied = {file.name for pattern in TEXTS for file in self.path.glob(pattern) if file.is_file()}
+        copied |= {*self.weights, *(() if WEIGHTS in self.weights else (INDEX,))}
         with tempfile.TemporaryDirectory(prefix="phibatch-") as temporary:
             folder = Path(temporary, "checkpoint")
             folder.mkdir()
-            for file in sorted({file for pattern in FILES for file in self.path.glob(pattern) if file.is_file()}):
-                link_or_copy(file, folder / file.name)
-            for file in (folder / CONFIG, folder / "tokenizer_config.json"):
-                if file.is_file():
-                    content = _without_code(read_json(file))
-                    if dtype and file.name == CONFIG:
-                        content = {key: value for key, value in content.items() if key != "torch_dtype"}
-                        content["dtype"] = dtype
-                    # A new file: the old one may be the user's own, under a second name.
-                    file.unlink()
-                    file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+            for name in sorted(copied - set(written)):
+                (folder / name).symlink_to((self.path / name).resolve())
+            for name, content in written.items():
+                (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
             yield folder
+
+
+def context_length(config: Any) -> int | None:
+    """Prompt and completion together, in tokens, by a transformers `PreTrainedConfig`; None where it has no bound."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _check_architecture(file: Path, config: dict[str, Any]) -> None:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    architectures = config.get("architectures")
+    architectures, model_type = config.get("architectures"), str(config.get("model_type"))
     name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if name is None or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) != name:
         raise ModelError(
-            f"{file} names the architecture {name}, which is not a causal language model of transformers"
-            f" {transformers.__version__} itself; code from a model's folder is never run"
+            f"{file} names the architecture {name} of type {model_type}, which is not a causal language model of"
+            f" transformers {transformers.__version__} itself; code from a model's folder is never run"
         )
-    if config.get("quantization_config"):
+    if _has_key(config, "quantization_config"):
         raise ModelError(f"{file} describes quantised weights, which need kernels that transformers fetches as code")
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    if context_length(transformers.AutoConfig.for_model(model_type, **values)) is None:
+        raise ModelError(f"{file} gives no max_position_embeddings, so the length of its context is not known")
 
 
-def _check_weights(path: Path) -> None:
+def _read_eos(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    file = path / GENERATION_CONFIG
+    generation = read_json(file) if file.is_file() else {}
+    value = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = value if isinstance(value, list) else [value]
+    if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ModelError(f"{path} names no eos_token_id, so its answers would not end")
+    return tuple(ids)
+
+
+def _read_weights(path: Path) -> tuple[str, ...]:
     if (path / WEIGHTS).is_file():
-        return
+        return (WEIGHTS,)
     if not (path / INDEX).is_file():
         raise ModelError(f"{path} is not a transformers checkpoint: {WEIGHTS} missing; pickled weights are not taken")
     weight_map = read_json(path / INDEX).get("weight_map")
-    files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    for name in files:
-        if not is_inside(name) or "/" in name:
-            raise ModelError(f"{path / INDEX} names {name}, which is outside the folder")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    for name in names:
+        if not is_inside(name) or "/" in name or not name.endswith(".safetensors"):
+            raise ModelError(f"{path / INDEX} names {name}, which is not a safetensors file of the folder")
         if not (path / name).is_file():
             raise ModelError(f"{path} is not a transformers checkpoint: {name} missing")
-    if not files:
+    if not names:
         raise ModelError(f"{path / INDEX} names no weights")
+    return tuple(names)
 
 
-def _without_code(value: Any) -> Any:
+def _has_key(value: Any, key: str) -> bool:
     if isinstance(value, dict):
-        return {key: _without_code(item) for key, item in value.items() if key not in CODE_KEYS}
+        return bool(value.get(key)) or any(_has_key(item, key) for item in value.values())
+    return isinstance(value, list) and any(_has_key(item, key) for item in value)
+
+
+def _without_foreign(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_foreign(item) for key, item in value.items() if key not in FOREIGN_KEYS}
     if isinstance(value, list):
-        return [_without_code(item) for item in value]
+        return [_without_foreign(item) for item in value]
     return value

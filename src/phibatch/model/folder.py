@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -47,6 +45,7 @@ class ModelFolder:
         missing = [name for name in (CONFIG, TOKENIZER) if not (path / name).is_file()]
         if missing:
             raise ModelError(f"{path} is not an onnxruntime-genai model folder: {' and '.join(missing)} missing")
+        check_links(path)
         document = read_json(path / CONFIG)
         model = document.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("decoder"), dict):
@@ -85,12 +84,18 @@ def digest_folder(path: Path) -> str:
     return total.hexdigest()
 
 
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A file's content under another name, without its bytes twice where the file system allows; links are followed."""
-    try:
-        os.link(Path(source).resolve(), target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+def check_links(path: Path) -> None:
+    """See that no link leads out of a folder, save into the hub client's own store of the files of that repository.
+
+    Raises:
+        ModelError: one does: what it leads to would be logged.
+    """
+    # The hub client's cache: <repository>/snapshots/<commit>/... links into <repository>/blobs.
+    stores = [parent.parent / "blobs" for parent in path.resolve().parents if parent.name == "snapshots"]
+    for file in path.rglob("*"):
+        target = file.resolve()
+        if file.is_symlink() and not any(target.is_relative_to(place) for place in (path.resolve(), *stores)):
+            raise ModelError(f"{file} is a link that leads out of the model's folder: put the file itself there")
 
 
 def read_json(file: Path) -> dict[str, Any]:

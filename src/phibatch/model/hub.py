@@ -25,7 +25,7 @@ def download_folder(
         ModelError: there is no such repository or folder, or no hub can be reached.
     """
     folder = f"{subfolder}/" if subfolder else ""
-    ignored = ["*.py", "*.bin", "*.pt", "*.pkl"]
+    ignored = ["*.py", "*.bin", "*.pt", "*.pkl", "consolidated*"]
     if files is not None:
         # A pattern's star goes through folders.
         ignored.append(f"{folder}*/*")

@@ -22,7 +22,8 @@ from phibatch.contract import (
     build_messages,
     build_params,
 )
-from phibatch.model.engine.base import EngineOptions, choose_engine, load_engine
+from phibatch.errors import InputError
+from phibatch.model.engine.base import EngineOptions, choose_engine, generate
 
 ARTIFACT = "model"
 """The logged folder's name among the model's artifacts."""
@@ -58,9 +59,12 @@ class Predictor:
             A row that failed has `choices: []` and `error: {code, message}`.
 
         Raises:
+            InputError: the frame has no column to answer.
             ModelError: the model's format is not the engine's.
             EngineError: the engine itself failed.
         """
+        if not {"messages", "prompt", "request"} & set(model_input.columns):
+            raise InputError("there is nothing to answer: the input has neither messages nor a prompt")
         engine_name = choose_engine(self._format, EngineName(params["engine"]))
         options = EngineOptions(engine_name, int(params["batch_size"]), _threads())
         outcomes: dict[int, Completion] = {}
@@ -70,8 +74,8 @@ class Predictor:
                 requests[place] = _build_request(row, params)
             except ValueError as error:
                 outcomes[place] = Completion.failed(ErrorCode.INVALID_REQUEST, str(error))
-        engine = load_engine(self._model_dir, self._digest, options)
-        outcomes.update(zip(requests, engine.generate(list(requests.values())), strict=True))
+        completions = generate(self._model_dir, self._digest, options, list(requests.values()))
+        outcomes.update(zip(requests, completions, strict=True))
         return [_as_openai(outcomes[place], self._name) for place in range(len(model_input))]
 
 
@@ -109,7 +113,7 @@ def _build_request(row: dict[Hashable, Any], params: dict[str, Any]) -> Request:
 
 
 def _is_absent(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
 
 def _build_params(params: dict[str, Any]) -> GenerationParams:

@@ -38,7 +38,7 @@ from phibatch.errors import ModelError
 from phibatch.model import flavor
 from phibatch.model.checkpoint import Checkpoint
 from phibatch.model.engine.base import choose_engine
-from phibatch.model.folder import ModelFolder, digest_folder, link_or_copy
+from phibatch.model.folder import ModelFolder, digest_folder
 from phibatch.model.pyfunc import ARTIFACT
 
 ENTRY = Path(__file__).with_name("entry.py")
@@ -144,7 +144,7 @@ def log_onnx(
     Raises:
         ModelError: the folder is not such a model, or names native code; or MLflow takes no such name or alias.
     """
-    _check_names(name, alias)
+    check_names(name, alias)
     digest = ModelFolder.open(model_dir).digest()
     with _without_links(model_dir) as folder, warnings.catch_warnings():
         # An example would load the model and generate with it, to infer a signature that is given.
@@ -185,7 +185,7 @@ def log_transformers(
         ModelError: the folder is not such a model, transformers is not installed, or MLflow takes no such name or
             alias.
     """
-    _check_names(name, alias)
+    check_names(name, alias)
     checkpoint = Checkpoint.open(model_dir)
     with checkpoint.stage(dtype) as folder:
         digest = digest_folder(folder)
@@ -196,7 +196,7 @@ def log_transformers(
             registered_model_name=name,
             metadata={"phibatch_digest": digest},
             checkpoint=folder,
-            source=str(model_dir),
+            source=str(model_dir.resolve()),
             signature=signature(defaults or GenerationParams()),
             pip_requirements=_requirements(ModelFormat.TRANSFORMERS),
             model_config={"name": name, "digest": digest},
@@ -204,7 +204,8 @@ def log_transformers(
     return _set_alias(info, name, alias)
 
 
-def _check_names(name: str, alias: str | None) -> None:
+def check_names(name: str, alias: str | None) -> None:
+    """Raise ModelError where MLflow takes no such name or alias: before a version is made, or a model downloaded."""
     try:
         _validate_model_name(name)
         if alias:
@@ -234,7 +235,14 @@ def _without_links(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="phibatch-") as temporary:
-        yield Path(shutil.copytree(folder, Path(temporary, folder.name), copy_function=link_or_copy))
+        yield Path(shutil.copytree(folder, Path(temporary, folder.name), copy_function=_link_or_copy))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def resolve_model(uri: str) -> ResolvedModel:
@@ -277,6 +285,8 @@ def _reason(uri: str, error: Exception) -> str:
         known = [model.name for model in mlflow.MlflowClient().search_registered_models()]
     except MlflowException:
         known = []
+    if ":" not in uri:
+        return "a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION"
     near = difflib.get_close_matches(name, known, n=1)
     if near and near[0] != name:
         return f"did you mean {near[0]}?"

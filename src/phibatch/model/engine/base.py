@@ -8,7 +8,7 @@ from typing import Protocol
 
 from phibatch.contract import ENGINES, Completion, EngineName, ModelFormat, Request
 from phibatch.errors import EngineError, ModelError
-from phibatch.model.checkpoint import missing_extra
+from phibatch.model.checkpoint import check_extra
 
 
 class Engine(Protocol):
@@ -56,7 +56,13 @@ def choose_engine(model_format: ModelFormat, name: EngineName) -> EngineName:
 
 
 _engines: dict[tuple[str, EngineOptions], Engine] = {}
-_loading = threading.Lock()
+_one_at_a_time = threading.Lock()
+
+
+def generate(model_dir: Path, digest: str, options: EngineOptions, requests: Sequence[Request]) -> list[Completion]:
+    """Generate with the process's engine, one caller at a time: a scoring server calls from many threads."""
+    with _one_at_a_time:
+        return load_engine(model_dir, digest, options).generate(requests)
 
 
 def load_engine(model_dir: Path, digest: str, options: EngineOptions) -> Engine:
@@ -66,11 +72,10 @@ def load_engine(model_dir: Path, digest: str, options: EngineOptions) -> Engine:
     of the model's files. Only the latest is kept: two sets of weights seldom fit where one does.
     """
     key = (digest, options)
-    with _loading:
-        if key not in _engines:
-            _engines.clear()
-            _engines[key] = _build_engine(model_dir, options)
-        return _engines[key]
+    if key not in _engines:
+        _engines.clear()
+        _engines[key] = _build_engine(model_dir, options)
+    return _engines[key]
 
 
 def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
@@ -85,8 +90,10 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
 
             return GenaiEngine(model_dir, options)
         case EngineName.TRANSFORMERS:
-            if missing := missing_extra():
-                raise EngineError(missing)
+            try:
+                check_extra()
+            except ModelError as error:
+                raise EngineError(str(error)) from error
             from phibatch.model.engine.transformers import TransformersEngine
 
             return TransformersEngine(model_dir, options)

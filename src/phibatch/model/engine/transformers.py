@@ -17,11 +17,16 @@ from transformers import (
 from transformers.utils import logging
 
 from phibatch.contract import Completion, Message, Request
+from phibatch.errors import EngineError
 from phibatch.model.chat import ChatTokenizer
+from phibatch.model.checkpoint import context_length
 from phibatch.model.engine.base import EngineOptions
 from phibatch.model.engine.batches import generate_batches
 from phibatch.model.engine.row import Row, choose_tokens
 from phibatch.model.folder import TOKENIZER
+
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
+"""What a template of somebody's raises on a conversation that it was not written for."""
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -39,8 +44,21 @@ class TransformersEngine:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self._batch_size = options.batch_size
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, use_safetensors=True, **LOCAL).eval()
-        self._context_length = int(self._model.config.max_position_embeddings)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, use_safetensors=True, output_loading_info=True, **LOCAL
+        )
+        model, loading = loaded
+        absent = sorted({*loading["missing_keys"], *loading["mismatched_keys"]})
+        if absent:
+            # The library would draw them at random.
+            raise EngineError(
+                f"the checkpoint has no weights for {len(absent)} of the model's tensors: {absent[0]} ..."
+            )
+        self._model = model.eval()
+        length = context_length(model.config)
+        if length is None:
+            raise EngineError("the checkpoint's configuration gives no max_position_embeddings")
+        self._context_length = length
         own = self._model.generation_config
         eos = own.eos_token_id
         self._eos_token_ids = frozenset(eos if isinstance(eos, list) else [eos])
@@ -66,7 +84,7 @@ class TransformersEngine:
                     [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
                 )
             )
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(str(error)) from error
 
     def _run(self, rows: list[Row]) -> None:
