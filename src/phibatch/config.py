@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams
 from phibatch.errors import ConfigError
@@ -65,6 +65,7 @@ class ModelConfig(_Section):
     uri: str
     engine: EngineName = EngineName.AUTO
     batch_size: Annotated[int, Field(ge=1, le=32)] = 8
+    memory: ByteSize | None = None
 
 
 class GenerationConfig(_Section):

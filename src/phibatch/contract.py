@@ -28,9 +28,10 @@ class ErrorCode(StrEnum):
 
 
 class EngineName(StrEnum):
-    """The engines a model can be asked to answer with; `auto` is the first that its format has."""
+    """The engines a model can be asked to answer with; `auto` is the best that can run it."""
 
     AUTO = "auto"
+    SLOTS = "slots"
     GENAI = "genai"
     TRANSFORMERS = "transformers"
     ECHO = "echo"
@@ -44,10 +45,10 @@ class ModelFormat(StrEnum):
 
 
 ENGINES = {
-    ModelFormat.ONNX: (EngineName.GENAI, EngineName.ECHO),
-    ModelFormat.TRANSFORMERS: (EngineName.TRANSFORMERS, EngineName.ECHO),
+    ModelFormat.ONNX: (EngineName.AUTO, EngineName.SLOTS, EngineName.GENAI, EngineName.ECHO),
+    ModelFormat.TRANSFORMERS: (EngineName.AUTO, EngineName.TRANSFORMERS, EngineName.ECHO),
 }
-"""The engines that can answer with a model of each format, the best first."""
+"""The engines that can answer with a model of each format."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,11 @@ from phibatch.errors import EngineError
 from phibatch.model.engine.base import EngineOptions, load_engine
 
 PROMPTS = pq.read_table(demo.PROMPTS).to_pylist()
-FOLDERS = {EngineName.GENAI: demo.MODEL_DIR, EngineName.TRANSFORMERS: demo.TWIN_DIR}
+FOLDERS = {
+    EngineName.SLOTS: demo.MODEL_DIR,
+    EngineName.GENAI: demo.MODEL_DIR,
+    EngineName.TRANSFORMERS: demo.TWIN_DIR,
+}
 
 
 def build(name, folder=None, batch_size=8, threads=2):
@@ -43,7 +47,8 @@ def request(row, **params):
 
 
 def essence(completions):
-    return [(each.text, each.finish_reason, each.usage) for each in completions]
+    """What must not change; how many tokens were found computed is the engine's own affair."""
+    return [(each.text, each.finish_reason, replace(each.usage, cached_tokens=0)) for each in completions]
 
 
 def test_the_embedded_model_gives_its_trained_answers(engine):
@@ -77,7 +82,7 @@ def test_usage_is_the_tokenizers_count(engine):
             messages.insert(0, {"role": "system", "content": row["system"]})
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert answer.usage.prompt_tokens == len(rendered)
-        assert answer.usage.cached_tokens == 0
+        assert 0 <= answer.usage.cached_tokens < answer.usage.prompt_tokens
         again = len(tokenizer.encode(answer.text, add_special_tokens=False))
         # The model may spell a word in more tokens than the tokenizer would, never in fewer.
         assert answer.usage.completion_tokens >= again
@@ -126,7 +131,7 @@ def test_the_context_cuts_a_row_that_nearly_fills_it(engine):
 def test_an_answer_does_not_depend_on_its_batch(name, params):
     """Text, finish_reason and usage are the same alone, in any company, in any order, and at any batch size.
 
-    The ONNX engine's by its arithmetic; that of transformers, in float32, as far as no two tokens are equally likely.
+    The ONNX engines' by their arithmetic; that of transformers, in float32, as far as no two tokens are equally likely.
     """
     rng = random.Random(3)
     requests = [
@@ -144,9 +149,9 @@ def test_an_answer_does_not_depend_on_its_batch(name, params):
 def ask_for_more(name, folder):
     """Have a folder ask for sampling, penalties, a minimum length and the like."""
     settings = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 3.0, "min_length": 500}
-    file = folder / ("genai_config.json" if name == EngineName.GENAI else "generation_config.json")
+    file = folder / ("generation_config.json" if name == EngineName.TRANSFORMERS else "genai_config.json")
     document = json.loads(file.read_text())
-    own = document["search"] if name == EngineName.GENAI else document
+    own = document if name == EngineName.TRANSFORMERS else document["search"]
     own |= {**settings, "no_repeat_ngram_size": 1}
     file.write_text(json.dumps(document))
 
@@ -160,7 +165,7 @@ def test_a_folders_own_settings_do_not_touch_the_answers(name, tmp_path):
 
 
 def break_weights(name, folder):
-    if name == EngineName.GENAI:
+    if name != EngineName.TRANSFORMERS:
         for file in folder.glob("*.data"):
             file.write_bytes(b"\xff" * file.stat().st_size)
     else:

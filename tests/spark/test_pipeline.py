@@ -9,7 +9,7 @@ import yaml
 from pyspark.sql import functions as F
 
 from phibatch import demo
-from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS, EngineName, GenerationParams
+from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS, GenerationParams
 from phibatch.errors import ErrorRateExceeded, InputError, ModelError, OutputError
 from phibatch.job.generate import generate
 from phibatch.job.output import read_responses, read_usage
@@ -99,7 +99,7 @@ def test_the_model_is_evaluated_once(spark, job, write_parquet, demo_model):
     prompts = read_prompts(spark, config.input)
     columns = check_columns(prompts, config.input)
     plan = build_plan(build_requests(prompts, columns, config.input, config.generation), demo_model.digest)
-    frame = generate(spark, plan, demo_model, EngineName.ECHO, 8, 2, "run")
+    frame = generate(spark, plan, demo_model, config.model, 2, "run")
     assert evaluations(frame) == 1
     assert (
         evaluations(frame.where(F.col("error.code").isNull() & (F.length("response") > 0)).select("usage", "response"))
@@ -247,7 +247,7 @@ def test_a_generated_rows_place_hangs_on_its_request_alone(spark, job, write_par
     plan = build_plan(build_requests(prompts, columns, config.input, config.generation), demo_model.digest)
     cuts = []
     for each in (plan, plan.withColumn("rows", F.reverse("rows"))):
-        frame = generate(spark, each, demo_model, EngineName.ECHO, 8, 4, "run")
+        frame = generate(spark, each, demo_model, config.model, 4, "run")
         placed = frame.select("custom_id", F.spark_partition_id().alias("place")).collect()
         cuts.append({row["custom_id"]: row["place"] for row in placed})
     assert cuts[0] == cuts[1]

@@ -5,18 +5,13 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
-from phibatch.contract import COMPLETION_TYPE, RESPONSE_COLUMNS, EngineName, ErrorCode
+from phibatch.config import ModelConfig
+from phibatch.contract import COMPLETION_TYPE, RESPONSE_COLUMNS, ErrorCode
 from phibatch.model.registry import ResolvedModel
 
 
 def generate(
-    spark: SparkSession,
-    plan: DataFrame,
-    model: ResolvedModel,
-    engine: EngineName,
-    batch_size: int,
-    partitions: int,
-    run_id: str,
+    spark: SparkSession, plan: DataFrame, model: ResolvedModel, config: ModelConfig, partitions: int, run_id: str
 ) -> DataFrame:
     """The response table, still lazy: write it before anything else is done with it.
 
@@ -24,15 +19,14 @@ def generate(
         spark: the session.
         plan: as from `plan.build_plan`.
         model: the model, by version.
-        engine: which of the model's engines answers.
-        batch_size: the most rows generated together.
+        config: how it is run.
         partitions: into how many tasks the generation is cut.
         run_id: the MLflow run.
 
     Returns:
         One row per input row: `contract.RESPONSE_COLUMNS`, then the kept columns.
     """
-    params = {"engine": engine.value, "batch_size": batch_size}
+    params = {"engine": config.engine.value, "batch_size": config.batch_size, "memory": config.memory or 0}
     predict = mlflow.pyfunc.spark_udf(spark, model.uri, result_type=COMPLETION_TYPE, params=params)
     # Deterministic functions may be evaluated again for every field that is read of their result.
     predict = predict.asNondeterministic()
@@ -40,6 +34,8 @@ def generate(
         plan.where("reason IS NULL")
         # By content: round-robin would hang on the order of `rows`, which a recomputed plan may have otherwise.
         .repartition(partitions, "request")
+        # So that requests which begin alike, with a system prompt for instance, reach the engine together.
+        .sortWithinPartitions("request")
         .select("rows", predict(F.struct("request")).alias("completion"))
         .select(F.explode("rows").alias("row"), "completion")
     )

@@ -38,7 +38,7 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
     check_output(spark, config.output, prompts)
     model = resolve_model(config.model.uri)
     config = config.with_defaults(model.defaults)
-    engine = model.choose_engine(config.model.engine)
+    model.check_engine(config.model.engine)
     reporter.say_model(model, config.model.uri)
 
     requests = build_requests(prompts, columns, config.input, config.generation, keep_columns)
@@ -50,7 +50,7 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
             slots = count_slots(spark)
             partitions = config.job.partitions or count_partitions(counts.to_generate, slots)
             reporter.say_plan(counts, partitions, slots)
-            responses = generate(spark, plan, model, engine, config.model.batch_size, partitions, run_id)
+            responses = generate(spark, plan, model, config.model, partitions, run_id)
             with reporter.watch(spark):
                 write_responses(responses, config.output)
             seconds = time.perf_counter() - clock

@@ -27,12 +27,16 @@ class ModelFolder:
         context_length: prompt and completion together, in tokens.
         eos_token_ids: the tokens that end a turn.
         pad_token_id: what fills the end of a shorter row.
+        graph: the decoder's `.onnx` file.
+        head_size: numbers of one of its attention heads.
     """
 
     path: Path
     context_length: int
     eos_token_ids: frozenset[int]
     pad_token_id: int
+    graph: Path
+    head_size: int
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -64,10 +68,17 @@ class ModelFolder:
         try:
             eos = model["eos_token_id"]
             eos_token_ids = frozenset(int(token) for token in (eos if isinstance(eos, list) else [eos]))
-            return cls(path, int(model["context_length"]), eos_token_ids, int(model["pad_token_id"]))
+            return cls(
+                path,
+                int(model["context_length"]),
+                eos_token_ids,
+                int(model["pad_token_id"]),
+                path / model["decoder"].get("filename", "model.onnx"),
+                int(model["decoder"]["head_size"]),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{path / CONFIG} must give context_length, eos_token_id and pad_token_id as numbers"
+                f"{path / CONFIG} must give context_length, eos_token_id, pad_token_id and head_size as numbers"
             ) from error
 
     def digest(self) -> str:

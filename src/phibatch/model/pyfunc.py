@@ -23,7 +23,7 @@ from phibatch.contract import (
     build_params,
 )
 from phibatch.errors import InputError
-from phibatch.model.engine.base import EngineOptions, choose_engine, generate
+from phibatch.model.engine.base import EngineOptions, check_engine, generate
 
 ARTIFACT = "model"
 """The logged folder's name among the model's artifacts."""
@@ -52,7 +52,7 @@ class Predictor:
             model_input: columns `messages`, `prompt` (verbatim, control tokens and all) and `request` (the job's
                 compact form, `contract.Request.from_json`), of which each row gives one; and the generation
                 parameters, for the rows that bring their own.
-            params: generation parameters of the rows without their own, and `engine` and `batch_size`.
+            params: generation parameters of the rows without their own, and `engine`, `batch_size` and `memory`.
 
         Returns:
             One dict per row: `id, object, created, model, choices, usage, error, generation_seconds`, never null.
@@ -65,8 +65,11 @@ class Predictor:
         """
         if not {"messages", "prompt", "request"} & set(model_input.columns):
             raise InputError("there is nothing to answer: the input has neither messages nor a prompt")
-        engine_name = choose_engine(self._format, EngineName(params["engine"]))
-        options = EngineOptions(engine_name, int(params["batch_size"]), _threads())
+        engine = EngineName(params["engine"])
+        check_engine(self._format, engine)
+        # A model that was logged before there was a bound on memory has no such parameter.
+        memory = int(params.get("memory", 0))
+        options = EngineOptions(engine, int(params["batch_size"]), _threads(), memory, self._format)
         outcomes: dict[int, Completion] = {}
         requests: dict[int, Request] = {}
         for place, row in enumerate(model_input.to_dict("records")):

@@ -37,13 +37,13 @@ from phibatch.contract import (
 from phibatch.errors import ModelError
 from phibatch.model import flavor
 from phibatch.model.checkpoint import Checkpoint
-from phibatch.model.engine.base import choose_engine
+from phibatch.model.engine.base import check_engine
 from phibatch.model.folder import ModelFolder, digest_folder
 from phibatch.model.pyfunc import ARTIFACT
 
 ENTRY = Path(__file__).with_name("entry.py")
 REQUIREMENTS = {
-    ModelFormat.ONNX: ("onnxruntime-genai", "onnxruntime"),
+    ModelFormat.ONNX: ("onnxruntime-genai", "onnxruntime", "onnx", "psutil"),
     ModelFormat.TRANSFORMERS: ("transformers", "torch", "jinja2", "safetensors"),
 }
 """What a model of each format needs at the version it was logged with, beside what all need."""
@@ -65,9 +65,9 @@ class ResolvedModel:
     model_format: ModelFormat
     defaults: GenerationParams
 
-    def choose_engine(self, name: EngineName) -> EngineName:
-        """The engine that answers when `name` is asked for. Raises ModelError where it can not run this model."""
-        return choose_engine(self.model_format, name)
+    def check_engine(self, name: EngineName) -> None:
+        """Raise ModelError where an engine can not run this model."""
+        check_engine(self.model_format, name)
 
 
 def use_default_tracking() -> None:
@@ -116,6 +116,7 @@ def signature(defaults: GenerationParams) -> ModelSignature:
             [
                 ParamSpec("engine", DataType.string, EngineName.AUTO.value),
                 ParamSpec("batch_size", DataType.long, 8),
+                ParamSpec("memory", DataType.long, 0),
                 *(_param(name, bounds, getattr(defaults, name)) for name, bounds in NUMBERS.items()),
                 ParamSpec("stop", DataType.string, list(defaults.stop), shape=(-1,)),
             ]

@@ -1,8 +1,9 @@
 """What an engine is, and the one place where a process keeps its own."""
 
+import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -31,29 +32,28 @@ class EngineOptions:
         engine: which engine answers.
         batch_size: the most rows generated together, 1 to 32.
         threads: compute threads of the engine.
+        memory: bytes that weights, keys and values may take; 0 is a share of what there is.
+        model_format: what the model's files are.
     """
 
     engine: EngineName
     batch_size: int
     threads: int
+    memory: int = 0
+    model_format: ModelFormat = ModelFormat.ONNX
 
 
-def choose_engine(model_format: ModelFormat, name: EngineName) -> EngineName:
-    """The engine itself, where `auto` is asked for.
-
-    Raises:
-        ModelError: the model's format is another engine's.
-    """
+def check_engine(model_format: ModelFormat, name: EngineName) -> None:
+    """Raise ModelError where a model's format is another engine's."""
     engines = ENGINES[model_format]
-    if name == EngineName.AUTO:
-        return engines[0]
     if name not in engines:
         raise ModelError(
             f"the {name} engine can not run a model of {model_format} format; set model.engine to"
-            f" {', '.join((EngineName.AUTO, *engines[:-1]))} or {engines[-1]}"
+            f" {', '.join(engines[:-1])} or {engines[-1]}"
         )
-    return name
 
+
+logger = logging.getLogger(__name__)
 
 _engines: dict[tuple[str, EngineOptions], Engine] = {}
 _one_at_a_time = threading.Lock()
@@ -81,10 +81,22 @@ def load_engine(model_dir: Path, digest: str, options: EngineOptions) -> Engine:
 def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     # Imported here, so that a process loads the libraries of the one engine that it uses, after any fork.
     match options.engine:
+        case EngineName.AUTO if options.model_format == ModelFormat.TRANSFORMERS:
+            return _build_engine(model_dir, replace(options, engine=EngineName.TRANSFORMERS))
+        case EngineName.AUTO:
+            return _build_fastest(model_dir, options)
         case EngineName.ECHO:
             from phibatch.model.engine.echo import EchoEngine
 
             return EchoEngine()
+        case EngineName.SLOTS:
+            from phibatch.model.engine.graph import UnsupportedGraph
+            from phibatch.model.engine.slots import SlotsEngine
+
+            try:
+                return SlotsEngine(model_dir, options)
+            except UnsupportedGraph as error:
+                raise EngineError(f"the slots engine can not run this graph: {error}") from error
         case EngineName.GENAI:
             from phibatch.model.engine.genai import GenaiEngine
 
@@ -97,5 +109,15 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
             from phibatch.model.engine.transformers import TransformersEngine
 
             return TransformersEngine(model_dir, options)
-        case EngineName.AUTO:
-            raise ValueError("auto is no engine: choose_engine says which one it stands for")
+
+
+def _build_fastest(model_dir: Path, options: EngineOptions) -> Engine:
+    """The engine on slots, or, where the graph is not made for it, the one on onnxruntime-genai; its log says why."""
+    from phibatch.model.engine.graph import UnsupportedGraph
+    from phibatch.model.engine.slots import SlotsEngine
+
+    try:
+        return SlotsEngine(model_dir, options)
+    except UnsupportedGraph as error:
+        logger.warning("the model runs on the genai engine, not on slots: %s", error)
+        return _build_engine(model_dir, replace(options, engine=EngineName.GENAI))

@@ -30,8 +30,7 @@ class GenaiEngine:
         config = og.Config(str(model_dir))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self._model = og.Model(config)
-        self._library_tokenizer = og.Tokenizer(self._model)
-        self._tokenizer = ChatTokenizer(model_dir / TOKENIZER, self._render)
+        self._tokenizer = open_tokenizer(model_dir)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return generate_batches(
@@ -40,13 +39,6 @@ class GenaiEngine:
             self._run,
             self._batch_size,
             self._folder.context_length,
-        )
-
-    def _render(self, messages: Sequence[Message]) -> str:
-        return str(
-            self._library_tokenizer.apply_chat_template(
-                json.dumps([asdict(message) for message in messages]), add_generation_prompt=True
-            )
         )
 
     def _run(self, rows: list[Row]) -> None:
@@ -80,3 +72,14 @@ class GenaiEngine:
             forced[np.arange(len(prompts)), choices] = 0
             generator.set_logits(forced[:, None, :])
             generator.generate_next_token()
+
+
+def open_tokenizer(model_dir: Path) -> ChatTokenizer:
+    """The tokenizer of an onnxruntime-genai folder, with the library's own template engine."""
+    library = og.Tokenizer(str(model_dir))
+
+    def render(messages: Sequence[Message]) -> str:
+        conversation = json.dumps([asdict(message) for message in messages])
+        return str(library.apply_chat_template(conversation, add_generation_prompt=True))
+
+    return ChatTokenizer(model_dir / TOKENIZER, render)

@@ -21,6 +21,13 @@ class Row:
         context_length: prompt and completion together, in tokens.
         eos_token_ids: the tokens that end a turn.
 
+    Attributes:
+        prompt: its ids.
+        limit: the most tokens to generate: `max_tokens`, or what the context leaves.
+        finish_reason: None until the row is done.
+        cached_tokens: tokens of the prompt that the engine did not have to compute.
+        length: tokens that the engine holds keys and values of.
+
     Raises:
         RowError: the prompt leaves no room for a token, or can not be rendered.
     """
@@ -41,6 +48,8 @@ class Row:
             )
         self.limit = min(request.params.max_tokens, context_length - len(self.prompt))
         self.finish_reason: FinishReason | None = None
+        self.cached_tokens = 0
+        self.length = 0
         self._stop = request.params.stop
         self._sampler = Sampler(request.params, self.prompt)
         self._tokenizer = tokenizer
@@ -73,10 +82,15 @@ class Row:
             self._finish(FinishReason.LENGTH)
         return token
 
+    @property
+    def last_token(self) -> int:
+        """The token chosen last."""
+        return self._ids[-1]
+
     def completion(self) -> Completion:
         """The answer of a finished row."""
         text = self._tokenizer.decode(self._ids) if self._text is None else self._text
-        usage = Usage(len(self.prompt), len(self._ids))
+        usage = Usage(len(self.prompt), len(self._ids), self.cached_tokens)
         return Completion(text, self.finish_reason, usage, self._ended - self._admitted)
 
     def _finish(self, reason: FinishReason) -> None:
