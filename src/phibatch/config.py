@@ -28,6 +28,7 @@ class InputColumns(_Section):
     temperature: str = "temperature"
     top_p: str = "top_p"
     top_k: str = "top_k"
+    min_p: str = "min_p"
     repetition_penalty: str = "repetition_penalty"
     seed: str = "seed"
     stop: str = "stop"
@@ -75,6 +76,7 @@ class GenerationConfig(_Section):
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()

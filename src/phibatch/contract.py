@@ -76,6 +76,7 @@ NUMBERS: dict[str, Bounds] = {
     "temperature": Bounds(low=0, high=2),
     "top_p": Bounds(low=0, high=1, above=True),
     "top_k": Bounds(low=0, high=2**31 - 1, whole=True),
+    "min_p": Bounds(low=0, high=1),
     "repetition_penalty": Bounds(low=0.01, high=10),
     "seed": Bounds(low=-(2**63), high=2**63 - 1, whole=True),
 }
@@ -93,6 +94,7 @@ class GenerationParams:
         temperature: 0 is greedy; above it the logits are divided by it before sampling.
         top_p: sample from the smallest set of tokens whose probabilities add up to this.
         top_k: sample from this many likeliest tokens; 0 is all of them.
+        min_p: sample from the tokens that are at least this share as likely as the likeliest; 0 is all of them.
         repetition_penalty: divides the logits of tokens already seen, or multiplies negative ones (Keskar et al. 2019).
         seed: the row's own random stream; None leaves the choice to the job.
         stop: the answer is cut before the first of these strings to appear.
@@ -105,6 +107,7 @@ class GenerationParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()

@@ -1,3 +1,4 @@
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from phibatch.model.engine.kv import KVShape, KVSlots
 from phibatch.model.engine.memory import default_memory, plan_pools
 from phibatch.model.engine.prefixes import MIN_LENGTH, PrefixStore, common_length, shared_lengths
 from phibatch.model.engine.slots import SlotsEngine
+from phibatch.model.engine.transformers import TransformersEngine
 
 PROMPTS = pq.read_table(demo.PROMPTS).to_pylist()
 SYSTEMS = (
@@ -122,20 +124,45 @@ def test_prefixes_outlive_a_call():
 def test_a_graph_that_is_not_made_for_slots_runs_on_genai(tmp_path, caplog):
     """`auto` says why it falls back, and answers; `slots` by name fails with the reason."""
     folder = shutil.copytree(demo.MODEL_DIR, tmp_path / "model")
-    graph = onnx.load(folder / "model.onnx", load_external_data=False)
-    for node in graph.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            node.attribute.remove(next(each for each in node.attribute if each.name == "local_window_size"))
-            node.attribute.append(helper.make_attribute("local_window_size", 600))
-    onnx.save(graph, folder / "model.onnx")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for names in [[each.name for each in model.graph.input], *(node.input for node in model.graph.node)]:
+        names[:] = ["tokens" if name == "input_ids" else name for name in names]
+    model.graph.input[0].name = "tokens"
+    onnx.save(model, folder / "model.onnx")
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["inputs"]["input_ids"] = "tokens"
+    (folder / "genai_config.json").write_text(json.dumps(config))
     options = EngineOptions(EngineName.AUTO, 8, 2, model_format=ModelFormat.ONNX)
-    engine = load_engine(folder, "windowed", options)
+    engine = load_engine(folder, "renamed", options)
     assert isinstance(engine, GenaiEngine)
-    assert "the model runs on the genai engine, not on slots: its attention has a sliding window" in caplog.text
-    assert engine.generate(requests(3))[0].text
-    with pytest.raises(EngineError, match="slots engine can not run this graph: its attention has a sliding"):
-        load_engine(folder, "windowed", replace(options, engine=EngineName.SLOTS))
+    reason = "its inputs are attention_mask, tokens, not attention_mask, input_ids"
+    assert f"the model runs on the genai engine, not on slots: {reason}" in caplog.text
+    assert essence(engine.generate(requests(9))) == essence(build().generate(requests(9)))
+    with pytest.raises(EngineError, match=f"the slots engine can not run this graph: {reason}"):
+        load_engine(folder, "renamed", replace(options, engine=EngineName.SLOTS))
     assert isinstance(load_engine(demo.MODEL_DIR, "demo", options), SlotsEngine)
+
+
+def test_a_sliding_window_is_honoured(tmp_path):
+    """With a window of 32 tokens in the graph, answers are those of the twin with that window."""
+    folder = shutil.copytree(demo.MODEL_DIR, tmp_path / "model")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "local_window_size":
+                attribute.i = 32
+    onnx.save(model, folder / "model.onnx")
+    twin = shutil.copytree(demo.TWIN_DIR, tmp_path / "twin")
+    config = json.loads((twin / "config.json").read_text())
+    (twin / "config.json").write_text(json.dumps({**config, "sliding_window": 32}))
+    made = [replace(each, params=GenerationParams(max_tokens=4)) for each in requests(90) if len(each.messages) == 2]
+    expected = TransformersEngine(twin, EngineOptions(EngineName.TRANSFORMERS, 8, 2)).generate(made)
+    found = build(folder=folder).generate(made)
+    assert cached(found) > 0
+    assert essence(build(3, folder=folder).generate(made)) == essence(found)
+    same = sum(left.text == right.text for left, right in zip(found, expected, strict=True))
+    whole = sum(left.text == right.text for left, right in zip(build().generate(made), expected, strict=True))
+    assert same >= 0.8 * len(made) > whole
 
 
 @pytest.mark.parametrize(

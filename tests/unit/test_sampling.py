@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from phibatch.contract import GenerationParams
-from phibatch.model.engine.sampling import Sampler
+from phibatch.model.engine.sampling import Sampler, _nucleus
 
 LOGITS = np.array([1.0, 3.0, 2.0, -1.0, 2.5], dtype=np.float32)
 
@@ -41,6 +41,27 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass():
     assert set(draws(GenerationParams(temperature=1.0, top_p=first_two - 0.01, seed=1))) == {1, 4}
     assert set(draws(GenerationParams(temperature=1.0, top_p=first_two + 0.01, seed=1))) == {1, 4, 2}
     assert set(draws(GenerationParams(temperature=1.0, top_p=1e-9, seed=1))) == {1}
+
+
+def test_min_p_keeps_what_is_near_the_likeliest():
+    """`min_p` keeps the tokens of at least its share of the likeliest one's probability."""
+    share = float(np.exp(LOGITS[2] - LOGITS[1]))
+    assert set(draws(GenerationParams(temperature=1.0, min_p=share - 0.01, seed=1))) == {1, 2, 4}
+    assert set(draws(GenerationParams(temperature=1.0, min_p=share + 0.01, seed=1))) == {1, 4}
+    assert set(draws(GenerationParams(temperature=1.0, min_p=1, seed=1), 50)) == {1}
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
+def test_a_nucleus_is_found_without_sorting_the_vocabulary(top_p, spread):
+    """On flat and on peaked distributions, what is kept is what sorting all tokens would keep."""
+    weights = np.exp(np.random.default_rng(4).normal(scale=spread, size=5000))
+    order = np.argsort(-weights, kind="stable")
+    mass = np.cumsum(weights[order])
+    expected = order[: int(np.searchsorted(mass, top_p * mass[-1])) + 1]
+    found = _nucleus(weights, np.arange(5000), top_p)
+    assert abs(len(found) - len(expected)) <= 1
+    assert found[: len(expected) - 1].tolist() == expected[: len(found)].tolist()[: len(expected) - 1]
 
 
 def test_extreme_parameters_do_not_overflow():

@@ -116,6 +116,6 @@ def _decoding() -> list[Column]:
     derived = F.conv(digits, 16, 10).cast("bigint")
     own = {word: params[word] for word in PARAMETERS}
     own["seed"] = F.coalesce(params["seed"], derived)
-    for word in ("top_p", "top_k", "seed"):
+    for word in ("top_p", "top_k", "min_p", "seed"):
         own[word] = F.when(~greedy, own[word])
     return [column.alias(word) for word, column in own.items()]

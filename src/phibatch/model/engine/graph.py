@@ -95,8 +95,6 @@ def _check(graph: Any, head_size: int) -> KVShape:
         raise UnsupportedGraph(f"it has {layers} layers and {len(attentions)} {ATTENTION} nodes")
     for node in attentions:
         attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        if attributes.get("local_window_size", -1) > 0:
-            raise UnsupportedGraph("its attention has a sliding window")
         if attributes.get("do_rotary", 0) != 1:
             raise UnsupportedGraph("its attention does not turn positions itself")
     return KVShape(layers, heads.pop(), head_size)

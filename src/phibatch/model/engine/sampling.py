@@ -6,6 +6,11 @@ from numpy.typing import NDArray
 from phibatch.contract import GenerationParams
 
 Logits = NDArray[np.float32]
+Weights = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+NUCLEUS = 128
+"""How many of the likeliest tokens are looked at first for top-p."""
 
 
 class Sampler:
@@ -28,7 +33,8 @@ class Sampler:
         """The next token id.
 
         Order as in Hugging Face's `generate`: repetition penalty (Keskar et al. 2019, section 4.1), temperature, top-k,
-        top-p (Holtzman et al. 2020: the smallest set of likeliest tokens that reaches the mass).
+        top-p (Holtzman et al. 2020: the smallest set of likeliest tokens that reaches the mass), min-p (Nguyen et al.
+        2024: those of at least this share of the likeliest one's probability). Ties go to the lower token id.
 
         Args:
             logits: shape [vocabulary].
@@ -45,15 +51,40 @@ class Sampler:
 
     def _draw(self, logits: Logits) -> int:
         params = self._params
-        # Likeliest first; the stable sort settles ties by token id.
-        order = np.argsort(-logits, kind="stable")
-        if params.top_k:
-            order = order[: params.top_k]
-        ordered = logits[order].astype(np.float64)
-        # The likeliest is subtracted first, so that no temperature, however low, overflows.
-        with np.errstate(over="ignore"):
-            mass = np.cumsum(np.exp((ordered - ordered[0]) / params.temperature))
+        # The likeliest weighs one, so that no temperature, however low, overflows.
+        with np.errstate(over="ignore", under="ignore"):
+            weights = np.exp((logits.astype(np.float64) - logits.max()) / params.temperature)
+        kept = np.arange(len(weights))
+        if 0 < params.top_k < len(weights):
+            kept = _heaviest(weights, params.top_k)[: params.top_k]
         if params.top_p < 1:
-            mass = mass[: int(np.searchsorted(mass, params.top_p * mass[-1])) + 1]
+            kept = _nucleus(weights, kept, params.top_p)
+        if params.min_p:
+            kept = kept[weights[kept] >= params.min_p]
+        # In the order of their ids, whichever way they were found.
+        kept = np.sort(kept)
+        mass = np.cumsum(weights[kept])
         place = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
-        return int(order[min(int(place), len(mass) - 1)])
+        return int(kept[min(int(place), len(kept) - 1)])
+
+
+def _heaviest(weights: Weights, count: int) -> Ids:
+    """The ids of the heaviest `count` tokens, the heaviest first, with all that weigh as much as the last of them."""
+    bound = np.partition(weights, -count)[-count]
+    ids = np.flatnonzero(weights >= bound)
+    # The stable sort settles ties by id.
+    return ids[np.argsort(-weights[ids], kind="stable")]
+
+
+def _nucleus(weights: Weights, kept: Ids, top_p: float) -> Ids:
+    """Of some tokens the fewest, heaviest first, that reach a share of their mass."""
+    mine = weights[kept]
+    wanted = top_p * mine.sum()
+    # Few tokens hold nearly all of the mass, as a rule: to sort a whole vocabulary would cost more than all the rest.
+    count = min(NUCLEUS, len(mine))
+    while True:
+        order = _heaviest(mine, count)
+        mass = np.cumsum(mine[order])
+        if mass[-1] >= wanted or len(order) == len(mine):
+            return kept[order[: int(np.searchsorted(mass, wanted)) + 1]]
+        count = min(count * 8, len(mine))
