@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams
+from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams, build_params
 from phibatch.errors import ConfigError
+
+MAPPINGS = ("options", "response_format")
+"""The settings whose value is a mapping."""
 
 
 class _Section(BaseModel):
@@ -32,6 +35,7 @@ class InputColumns(_Section):
     repetition_penalty: str = "repetition_penalty"
     seed: str = "seed"
     stop: str = "stop"
+    response_format: str = "response_format"
 
 
 class InputConfig(_Section):
@@ -80,6 +84,7 @@ class GenerationConfig(_Section):
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    response_format: str | None = None
 
     @field_validator(*NUMBERS)
     @classmethod
@@ -87,6 +92,11 @@ class GenerationConfig(_Section):
         if value is not None and value not in NUMBERS[info.field_name]:
             raise ValueError(f"it must be {NUMBERS[info.field_name]}")
         return value
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _known_format(cls, value: dict[str, Any] | str | None) -> str | None:
+        return build_params({"response_format": value}).response_format
 
     @field_validator("stop")
     @classmethod
@@ -181,8 +191,8 @@ def read_config(
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}={text} is not YAML: {' '.join(str(error).split())}") from error
-        # `a: b` is meant as text: no setting is a mapping but the reader's options.
-        _set(document, key, text if isinstance(value, dict) and not key.endswith("options") else value)
+        # `a: b` is meant as text elsewhere.
+        _set(document, key, text if isinstance(value, dict) and not key.endswith(MAPPINGS) else value)
     for key, value in (values or {}).items():
         _set(document, key, value)
     return build_config(document)

@@ -25,6 +25,7 @@ class ErrorCode(StrEnum):
     TIMEOUT = "timeout"
     ENGINE_ERROR = "engine_error"
     WORKER_CRASHED = "worker_crashed"
+    INVALID_OUTPUT = "invalid_output"
 
 
 class EngineName(StrEnum):
@@ -80,9 +81,12 @@ NUMBERS: dict[str, Bounds] = {
     "repetition_penalty": Bounds(low=0.01, high=10),
     "seed": Bounds(low=-(2**63), high=2**63 - 1, whole=True),
 }
-"""The numeric generation parameters and what each may be. `stop` is the one that is not a number."""
+"""The numeric generation parameters and what each may be; the others are `stop` and `response_format`."""
 
-PARAMETERS = (*NUMBERS, "stop")
+PARAMETERS = (*NUMBERS, "stop", "response_format")
+
+RESPONSE_FORMATS = {"json_object": (), "json_schema": ("json_schema", "schema"), "regex": ("regex",)}
+"""The types of `response_format` beside `text`, and under which keys each has what it asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,8 @@ class GenerationParams:
         repetition_penalty: divides the logits of tokens already seen, or multiplies negative ones (Keskar et al. 2019).
         seed: the row's own random stream; None leaves the choice to the job.
         stop: the answer is cut before the first of these strings to appear.
+        response_format: JSON text of OpenAI's `{"type": "json_schema", "json_schema": {"schema": {...}}}`, or
+            `{"type": "json_object"}`, or `{"type": "regex", "regex": "..."}`; None is any text.
 
     Raises:
         ValueError: a value is out of its bounds, in one sentence.
@@ -111,6 +117,7 @@ class GenerationParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    response_format: str | None = None
 
     def __post_init__(self) -> None:
         for name, bounds in NUMBERS.items():
@@ -123,10 +130,32 @@ class GenerationParams:
                 object.__setattr__(self, name, int(value))
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError("stop must be a list of non-empty strings")
+        object.__setattr__(self, "response_format", _read_response_format(self.response_format))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _read_response_format(text: str | None) -> str | None:
+    """The format in one spelling, so that equal ones are equal requests; None for any text."""
+    if not text:
+        return None
+    try:
+        wanted = json.loads(text)
+    except (TypeError, ValueError):
+        wanted = None
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind == "text":
+        return None
+    if kind not in RESPONSE_FORMATS:
+        raise ValueError(f"response_format must be JSON with a type of text, {' or '.join(RESPONSE_FORMATS)}")
+    value: Any = wanted
+    for key in RESPONSE_FORMATS[kind]:
+        value = value.get(key) if isinstance(value, dict) else None
+    if value is None or (kind == "regex" and not isinstance(value, str)):
+        raise ValueError(f"response_format of type {kind} needs {'.'.join(RESPONSE_FORMATS[kind])}")
+    return json.dumps(wanted, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +196,10 @@ def build_params(values: dict[str, Any]) -> GenerationParams:
         stop = [stop] if stop else []
     elif isinstance(stop, Mapping) or not isinstance(stop, Iterable):
         raise ValueError(f"stop is {stop!r}; it must be a list of non-empty strings")
-    return GenerationParams(**{**values, "stop": tuple(stop)})
+    response_format = values.get("response_format")
+    if isinstance(response_format, dict):
+        response_format = json.dumps(response_format)
+    return GenerationParams(**{**values, "stop": tuple(stop), "response_format": response_format})
 
 
 def build_messages(values: Any) -> tuple[Message, ...]:
@@ -228,8 +260,9 @@ class Completion:
     error_message: str | None = None
 
     @classmethod
-    def failed(cls, code: str, message: str) -> Self:
-        return cls(text=None, finish_reason=None, error_code=code, error_message=message)
+    def failed(cls, code: str, message: str, usage: Usage | None = None) -> Self:
+        """A failure; `usage` is what was computed all the same."""
+        return cls(None, None, usage or Usage(), error_code=code, error_message=message)
 
 
 RESPONSE_COLUMNS = {

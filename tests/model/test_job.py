@@ -1,5 +1,6 @@
 import json
 import random
+import re
 
 import mlflow
 import pandas as pd
@@ -210,3 +211,21 @@ def test_a_broken_engine_fails_the_job(spark, job, tracking, tmp_path):
     config = job(str(demo.PROMPTS), model={"uri": model.uri, "engine": "auto"})
     with pytest.raises(PhibatchError, match=r"^the engine failed: the model's logits are not finite"):
         run_batch(spark, config)
+
+
+def test_a_table_may_ask_for_forms_row_by_row(answers):
+    """`response_format` of the configuration holds for the rows without their own; a cut one is `invalid_output`."""
+    own = json.dumps({"type": "regex", "regex": "[0-9]{4}"})
+    rows = [
+        {"custom_id": "own", "prompt": "Name a colour.", "response_format": own, "max_tokens": None},
+        {"custom_id": "all", "prompt": "Name a colour.", "response_format": None, "max_tokens": None},
+        {"custom_id": "cut", "prompt": "Name a colour.", "response_format": own, "max_tokens": 1},
+        {"custom_id": "bad", "prompt": "Name a colour.", "response_format": "{", "max_tokens": None},
+    ]
+    schema = pa.schema([*SHORT, ("response_format", pa.string())])
+    table = answers(rows, schema=schema, generation={"response_format": {"type": "regex", "regex": "red|blue"}})
+    assert re.fullmatch("[0-9]{4}", table["response"]["own"])
+    assert table["response"]["all"] in {"red", "blue"}
+    assert table["error"]["cut"]["code"] == "invalid_output"
+    assert table["usage"]["cut"]["completion_tokens"] == 1
+    assert table["error"]["bad"]["code"] == "invalid_request"

@@ -16,6 +16,7 @@ from phibatch.job.progress import Reporter
 from phibatch.job.prompts import build_requests, check_columns, read_prompts
 from phibatch.job.session import count_slots
 from phibatch.job.summary import BatchSummary, log_summary, summarise, track_run
+from phibatch.model.grammar import check_response_format
 from phibatch.model.registry import resolve_model
 
 
@@ -39,6 +40,7 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
     model = resolve_model(config.model.uri)
     config = config.with_defaults(model.defaults)
     model.check_engine(config.model.engine)
+    check_response_format(config.generation.response_format)
     reporter.say_model(model, config.model.uri)
 
     requests = build_requests(prompts, columns, config.input, config.generation, keep_columns)

@@ -131,7 +131,11 @@ def build_requests(
         .otherwise(conversation)
         .cast(MESSAGES_TYPE)
         .alias("_messages"),
-        F.struct(*(column.alias(word) for word, column in whole.items()), stop.alias("stop")).alias("_params"),
+        F.struct(
+            *(column.alias(word) for word, column in whole.items()),
+            stop.alias("stop"),
+            _response_format(columns, generation).alias("response_format"),
+        ).alias("_params"),
         F.coalesce(*reasons).alias("_reason"),
         (kept if keep_columns else F.lit(None).cast("string")).alias("_kept"),
     )
@@ -234,6 +238,11 @@ def _stop(columns: Columns, generation: GenerationConfig) -> Column:
     return F.coalesce(own, default)
 
 
+def _response_format(columns: Columns, generation: GenerationConfig) -> Column:
+    default = F.lit(generation.response_format).cast("string")
+    return F.coalesce(columns["response_format"], default) if "response_format" in columns else default
+
+
 def _number_reason(word: str, value: Column, bounds: Bounds) -> Column:
     low = value > bounds.low if bounds.above else value >= bounds.low
     inside = low & (value <= bounds.high)
@@ -257,7 +266,7 @@ def _expected_type(word: str, actual: T.DataType) -> str | None:
     """What a column must be, when it is not."""
     if word == "custom_id":
         return None if isinstance(actual, T.StringType | T.IntegralType) else "string or integer"
-    if word in {"prompt", "system"}:
+    if word in {"prompt", "system", "response_format"}:
         return None if isinstance(actual, T.StringType) else "string"
     if word == "messages":
         element = actual.elementType if isinstance(actual, T.ArrayType) else None

@@ -119,6 +119,7 @@ def signature(defaults: GenerationParams) -> ModelSignature:
                 ParamSpec("memory", DataType.long, 0),
                 *(_param(name, bounds, getattr(defaults, name)) for name, bounds in NUMBERS.items()),
                 ParamSpec("stop", DataType.string, list(defaults.stop), shape=(-1,)),
+                ParamSpec("response_format", DataType.string, defaults.response_format or ""),
             ]
         ),
     )
@@ -264,7 +265,7 @@ def resolve_model(uri: str) -> ResolvedModel:
     model_format = ModelFormat.TRANSFORMERS if loader == flavor.__name__ else ModelFormat.ONNX
     logged = {spec.name: spec.default for spec in info.signature.params.params}
     # A signature's seed is never null, and the job gives each row its own.
-    defaults = build_params({name: logged[name] for name in PARAMETERS if name != "seed"})
+    defaults = build_params({name: logged[name] for name in PARAMETERS if name in logged and name != "seed"})
     return ResolvedModel(fixed, str(digest), model_format, defaults)
 
 

@@ -14,6 +14,7 @@ from phibatch.model.engine.base import EngineOptions
 from phibatch.model.engine.batches import generate_batches
 from phibatch.model.engine.row import Row, choose_tokens
 from phibatch.model.folder import TOKENIZER, ModelFolder
+from phibatch.model.grammar import Grammars
 
 
 class GenaiEngine:
@@ -31,11 +32,14 @@ class GenaiEngine:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self._model = og.Model(config)
         self._tokenizer = open_tokenizer(model_dir)
+        self._grammars = Grammars(model_dir / TOKENIZER, self._folder.eos_token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return generate_batches(
             requests,
-            lambda request: Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids),
+            lambda request: Row(
+                request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids, self._grammars
+            ),
             self._run,
             self._batch_size,
             self._folder.context_length,

@@ -10,6 +10,7 @@ from phibatch.contract import Completion, ErrorCode, FinishReason, Request, Usag
 from phibatch.errors import EngineError, RowError
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.engine.sampling import Logits, Sampler
+from phibatch.model.grammar import Grammars
 
 
 class Row:
@@ -20,6 +21,7 @@ class Row:
         tokenizer: the model's.
         context_length: prompt and completion together, in tokens.
         eos_token_ids: the tokens that end a turn.
+        grammars: of the model's vocabulary.
 
     Attributes:
         prompt: its ids.
@@ -33,7 +35,12 @@ class Row:
     """
 
     def __init__(
-        self, request: Request, tokenizer: ChatTokenizer, context_length: int, eos_token_ids: frozenset[int]
+        self,
+        request: Request,
+        tokenizer: ChatTokenizer,
+        context_length: int,
+        eos_token_ids: frozenset[int],
+        grammars: Grammars,
     ) -> None:
         if request.prompt is not None:
             self.prompt = tokenizer.encode_prompt(request.prompt)
@@ -50,6 +57,8 @@ class Row:
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
         self.length = 0
+        wanted = request.params.response_format
+        self._constraint = grammars.constrain(wanted) if wanted else None
         self._stop = request.params.stop
         self._sampler = Sampler(request.params, self.prompt)
         self._tokenizer = tokenizer
@@ -65,11 +74,15 @@ class Row:
 
     def step(self, logits: Logits) -> int:
         """Choose the next token from logits of shape [vocabulary], keep it, and see whether it was the last."""
+        if self._constraint:
+            logits = self._constraint.mask(logits)
         token = self._sampler.choose(logits)
         if token in self._eos_token_ids:
             self._finish(FinishReason.STOP)
             return token
         self._ids.append(token)
+        if self._constraint:
+            self._constraint.accept(token)
         if self._stop:
             # Decoded whole each time: a stop string may lie across tokens, and half a character is no text yet.
             text = self._tokenizer.decode(self._ids)
@@ -91,6 +104,11 @@ class Row:
         """The answer of a finished row."""
         text = self._tokenizer.decode(self._ids) if self._text is None else self._text
         usage = Usage(len(self.prompt), len(self._ids), self.cached_tokens)
+        if self._constraint and (not self._constraint.complete or self._text is not None):
+            cut = "max_tokens" if self._text is None else "a stop string"
+            return Completion.failed(
+                ErrorCode.INVALID_OUTPUT, f"{cut} cut the answer before it was of its response_format", usage
+            )
         return Completion(text, self.finish_reason, usage, self._ended - self._admitted)
 
     def _finish(self, reason: FinishReason) -> None:

@@ -16,7 +16,8 @@ from phibatch.model.engine.kv import KVSlots
 from phibatch.model.engine.memory import PREFIX_SHARE, Pool, default_memory, plan_pools
 from phibatch.model.engine.prefixes import PrefixStore, Tokens, shared_lengths
 from phibatch.model.engine.row import Row, choose_tokens
-from phibatch.model.folder import ModelFolder
+from phibatch.model.folder import TOKENIZER, ModelFolder
+from phibatch.model.grammar import Grammars
 
 CHUNK = 256
 """Tokens of a prompt that are fed at once: enough for full speed, and a bound on what a long prompt takes."""
@@ -39,6 +40,7 @@ class SlotsEngine:
         self._folder = ModelFolder.open(model_dir)
         self._graph = DecoderGraph(self._folder.graph, self._folder.head_size, options.threads)
         self._tokenizer = open_tokenizer(model_dir)
+        self._grammars = Grammars(model_dir / TOKENIZER, self._folder.eos_token_ids)
         self._max_slots = max(2, options.batch_size)
         weights = sum(file.stat().st_size for file in model_dir.iterdir() if file.is_file())
         memory = (options.memory or default_memory(options.threads)) - weights
@@ -63,7 +65,7 @@ class SlotsEngine:
         return [outcomes[place] for place in range(len(requests))]
 
     def _build_row(self, request: Request) -> Row:
-        row = Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids)
+        row = Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids, self._grammars)
         need = len(row.prompt) + row.limit
         if 2 * need > self._tokens:
             raise RowError(

@@ -24,6 +24,7 @@ from phibatch.model.engine.base import EngineOptions
 from phibatch.model.engine.batches import generate_batches
 from phibatch.model.engine.row import Row, choose_tokens
 from phibatch.model.folder import TOKENIZER
+from phibatch.model.grammar import Grammars
 
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
 """What a template of somebody's raises on a conversation that it was not written for."""
@@ -67,11 +68,12 @@ class TransformersEngine:
         self._model.generation_config = GenerationConfig()
         self._library_tokenizer = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
         self._tokenizer = ChatTokenizer(model_dir / TOKENIZER, self._render)
+        self._grammars = Grammars(model_dir / TOKENIZER, self._eos_token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return generate_batches(
             requests,
-            lambda request: Row(request, self._tokenizer, self._context_length, self._eos_token_ids),
+            lambda request: Row(request, self._tokenizer, self._context_length, self._eos_token_ids, self._grammars),
             self._run,
             self._batch_size,
             self._context_length,
