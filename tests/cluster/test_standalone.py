@@ -48,6 +48,8 @@ def test_a_cluster_answers_as_one_core_does(cluster, submit, demo_model, thousan
         assert done.returncode == 0, done.stdout + done.stderr
         assert "997" in done.stdout
         tables[name] = read(output)
+        # How much of a prompt was found computed hangs on the rows before it; nothing else does.
+        tables[name]["usage"] = tables[name]["usage"].map(lambda usage: {**usage, "cached_tokens": 0})
     for column in ("response", "finish_reason", "usage", "error", "request_key", "model"):
         assert tables["cluster"][column].tolist() == tables["local"][column].tolist(), column
     table = tables["cluster"]

@@ -1,5 +1,6 @@
 """MLflow's shape around an engine: a frame of requests in, one OpenAI `chat.completion` per row out."""
 
+import logging
 import math
 import os
 import time
@@ -44,6 +45,7 @@ class Predictor:
         self._name = name
         self._digest = digest
         self._format = model_format
+        _show_log()
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any]) -> list[dict[str, Any]]:
         """Answer.
@@ -100,6 +102,16 @@ class ChatModel(PythonModel):
     ) -> list[dict[str, Any]]:
         """As `Predictor.predict`."""
         return self._predictor.predict(model_input, params or {})
+
+
+def _show_log() -> None:
+    """Have the engines' own lines (which engine, how much memory) on stderr, where Spark keeps them by executor."""
+    log = logging.getLogger("phibatch")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s phibatch: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
 
 
 def _build_request(row: dict[Hashable, Any], params: dict[str, Any]) -> Request:

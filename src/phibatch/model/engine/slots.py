@@ -22,6 +22,8 @@ from phibatch.model.grammar import Grammars
 CHUNK = 256
 """Tokens of a prompt that are fed at once: enough for full speed, and a bound on what a long prompt takes."""
 
+MIB = 2**20
+
 logger = logging.getLogger(__name__)
 
 Pending = tuple[Row, Tokens, int]
@@ -43,11 +45,17 @@ class SlotsEngine:
         self._grammars = Grammars(model_dir / TOKENIZER, self._folder.eos_token_ids)
         self._max_slots = max(2, options.batch_size)
         weights = sum(file.stat().st_size for file in model_dir.iterdir() if file.is_file())
-        memory = (options.memory or default_memory(options.threads)) - weights
+        budget = options.memory or default_memory(options.threads)
+        memory = budget - weights
         if memory <= 0:
             raise EngineError(f"the weights alone take {weights:,} bytes, more than model.memory allows")
         self._prefixes = PrefixStore(self._graph.kv, int(memory * PREFIX_SHARE))
         self._tokens = int(memory * (1 - PREFIX_SHARE)) // self._graph.kv.token_bytes
+        logger.info(
+            "slots engine: %d threads, memory %.0f MiB: weights %.0f, shared prefixes up to %.0f, rows up to %.0f",
+            *(options.threads, budget / MIB, weights / MIB, memory * PREFIX_SHARE / MIB),
+            memory * (1 - PREFIX_SHARE) / MIB,
+        )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         outcomes: dict[int, Completion] = {}
@@ -75,7 +83,8 @@ class SlotsEngine:
         return row
 
     def _run(self, pool: Pool, rows: list[Row]) -> None:
-        logger.info("%d rows in %d slots of %d tokens", len(rows), pool.slots, pool.capacity)
+        size = pool.slots * pool.capacity * self._graph.kv.token_bytes
+        logger.info("%d rows in %d slots of %d tokens: %.0f MiB", len(rows), pool.slots, pool.capacity, size / MIB)
         slots = KVSlots(self._graph.kv, pool.slots, pool.capacity)
         prompts = [np.asarray(row.prompt, dtype=np.int64) for row in rows]
         # In the order of their tokens, so that equal prefixes meet.
