@@ -10,7 +10,7 @@ export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 export SPARK_LOCAL_IP := 127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-wheel lint format build clean java python
+.PHONY: help run test test-wheel lint format build bench clean java python
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ format: $(VENV)/.dev ## Put the code into the one style
 build: $(VENV)/.dev ## Build the wheel into dist/
 	@rm -rf dist && PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --wheel --outdir dist . >/dev/null && ls dist
 
+bench: $(VENV)/.bench java ## Measure the ways of answering against each other (BENCH='--rounds 1 --rows 12')
+	@$(BIN)/python jobs/benchmark.py $(BENCH)
+
 clean: ## Remove what the targets have made
 	rm -rf $(VENV) .venv-wheel dist output mlruns mlflow.db .mypy_cache .ruff_cache .pytest_cache
 
@@ -53,6 +56,11 @@ $(VENV)/.core: pyproject.toml constraints.txt | python
 $(VENV)/.dev: $(VENV)/.core
 	@echo "installing what tests and lint need into $(VENV)"
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.core
+	@echo "installing what the benchmark needs into $(VENV)"
+	@$(PIP) --editable '.[bench]'
 	@touch $@
 
 python:
