@@ -105,7 +105,10 @@ def test_what_a_folder_lacks_is_named(folder, name):
         (lambda c: c["model"]["decoder"].update(filename="../model.onnx"), "which is outside the folder"),
         (lambda c: c["model"]["decoder"].update(filename="/etc/model.onnx"), "which is outside the folder"),
         (lambda c: c["model"]["decoder"].update(filename="other.onnx"), "other.onnx missing"),
-        (lambda c: c["model"].pop("context_length"), "must give context_length, eos_token_id and pad_token_id"),
+        (
+            lambda c: c["model"].pop("context_length"),
+            "must give context_length, eos_token_id, pad_token_id and head_size",
+        ),
         (
             lambda c: c["model"]["decoder"]["session_options"].update({"session.optimized_model_filepath": "/etc/x"}),
             "may load code or write files: session.optimized_model_filepath",

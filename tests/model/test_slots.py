@@ -107,7 +107,9 @@ def test_a_row_that_memory_can_not_hold_fails_alone():
 
 def test_too_little_memory_for_the_weights_is_an_engines_failure():
     """A budget that the weights alone exceed is one sentence, not a failure of every row."""
-    with pytest.raises(EngineError, match="more than model"):
+    with pytest.raises(
+        EngineError, match=r"the weights alone take 1 MiB, more than the 0 MiB of the engine: set model.memory"
+    ):
         build(memory=1000)
 
 

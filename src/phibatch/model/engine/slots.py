@@ -48,7 +48,10 @@ class SlotsEngine:
         budget = options.memory or default_memory(options.threads)
         memory = budget - weights
         if memory <= 0:
-            raise EngineError(f"the weights alone take {weights:,} bytes, more than model.memory allows")
+            raise EngineError(
+                f"the weights alone take {weights / MIB:,.0f} MiB, more than the {budget / MIB:,.0f} MiB of the engine:"
+                " set model.memory, or give the task more of the machine's cores"
+            )
         self._prefixes = PrefixStore(self._graph.kv, int(memory * PREFIX_SHARE))
         self._tokens = int(memory * (1 - PREFIX_SHARE)) // self._graph.kv.token_bytes
         logger.info(
