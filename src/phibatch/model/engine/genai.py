@@ -11,8 +11,8 @@ import onnxruntime_genai as og
 from phibatch.contract import Completion, Message, Request
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.engine.base import EngineOptions
-from phibatch.model.engine.batches import generate_batches
-from phibatch.model.engine.row import Row, choose_tokens
+from phibatch.model.engine.batches import plan_batches
+from phibatch.model.engine.row import Row, choose_tokens, generate_rows
 from phibatch.model.folder import TOKENIZER, ModelFolder
 from phibatch.model.grammar import Grammars
 
@@ -35,17 +35,16 @@ class GenaiEngine:
         self._grammars = Grammars(model_dir / TOKENIZER, self._folder.eos_token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        return generate_batches(
-            requests,
-            lambda request: Row(
-                request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids, self._grammars
-            ),
-            self._run,
-            self._batch_size,
-            self._folder.context_length,
-        )
+        return generate_rows(requests, self._build_row, self._run)
+
+    def _build_row(self, request: Request) -> Row:
+        return Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids, self._grammars)
 
     def _run(self, rows: list[Row]) -> None:
+        for batch in plan_batches(rows, self._batch_size, self._folder.context_length):
+            self._run_batch(batch)
+
+    def _run_batch(self, rows: list[Row]) -> None:
         # The kernels for one row round differently from those for several, so a row alone has an idle one beside it.
         prompts = [row.prompt for row in rows] if len(rows) > 1 else [rows[0].prompt, rows[0].prompt]
         width = max(map(len, prompts))

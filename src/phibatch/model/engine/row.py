@@ -1,7 +1,7 @@
 """One request on its way through an engine: what it has said, and whether it is done."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +114,28 @@ class Row:
     def _finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
         self._ended = time.perf_counter()
+
+
+def generate_rows(
+    requests: Sequence[Request], build_row: Callable[[Request], Row], run: Callable[[list[Row]], None]
+) -> list[Completion]:
+    """One completion per request, in order.
+
+    Args:
+        requests: what is asked for.
+        build_row: a request as a row of the engine. Raises RowError, which fails that row alone.
+        run: generates rows to their end.
+    """
+    outcomes: dict[int, Completion] = {}
+    rows: dict[int, Row] = {}
+    for place, request in enumerate(requests):
+        try:
+            rows[place] = build_row(request)
+        except RowError as error:
+            outcomes[place] = Completion.failed(error.code, str(error))
+    run(list(rows.values()))
+    outcomes.update({place: row.completion() for place, row in rows.items()})
+    return [outcomes[place] for place in range(len(requests))]
 
 
 def choose_tokens(rows: Sequence[Row], logits: Logits) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from phibatch.model.engine.graph import DecoderGraph
 from phibatch.model.engine.kv import KVSlots
 from phibatch.model.engine.memory import PREFIX_SHARE, Pool, default_memory, plan_pools
 from phibatch.model.engine.prefixes import PrefixStore, Tokens, shared_lengths
-from phibatch.model.engine.row import Row, choose_tokens
+from phibatch.model.engine.row import Row, choose_tokens, generate_rows
 from phibatch.model.folder import TOKENIZER, ModelFolder
 from phibatch.model.grammar import Grammars
 
@@ -61,19 +61,7 @@ class SlotsEngine:
         )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        outcomes: dict[int, Completion] = {}
-        rows: dict[int, Row] = {}
-        for place, request in enumerate(requests):
-            try:
-                rows[place] = self._build_row(request)
-            except RowError as error:
-                outcomes[place] = Completion.failed(error.code, str(error))
-        places = list(rows)
-        needs = [len(rows[place].prompt) + rows[place].limit for place in places]
-        for pool, members in plan_pools(needs, self._max_slots, self._tokens):
-            self._run(pool, [rows[places[member]] for member in members])
-        outcomes.update({place: row.completion() for place, row in rows.items()})
-        return [outcomes[place] for place in range(len(requests))]
+        return generate_rows(requests, self._build_row, self._run)
 
     def _build_row(self, request: Request) -> Row:
         row = Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids, self._grammars)
@@ -85,15 +73,19 @@ class SlotsEngine:
             )
         return row
 
-    def _run(self, pool: Pool, rows: list[Row]) -> None:
+    def _run(self, rows: list[Row]) -> None:
+        needs = [len(row.prompt) + row.limit for row in rows]
+        for pool, places in plan_pools(needs, self._max_slots, self._tokens):
+            self._run_pool(pool, [rows[place] for place in places])
+
+    def _run_pool(self, pool: Pool, rows: list[Row]) -> None:
         size = pool.slots * pool.capacity * self._graph.kv.token_bytes
         logger.info("%d rows in %d slots of %d tokens: %.0f MiB", len(rows), pool.slots, pool.capacity, size / MIB)
         slots = KVSlots(self._graph.kv, pool.slots, pool.capacity)
-        prompts = [np.asarray(row.prompt, dtype=np.int64) for row in rows]
         # In the order of their tokens, so that equal prefixes meet.
-        order = sorted(range(len(rows)), key=lambda place: rows[place].prompt)
-        prompts = [prompts[place] for place in order]
-        pending = deque(zip((rows[place] for place in order), prompts, shared_lengths(prompts), strict=True))
+        ordered = sorted(rows, key=lambda row: row.prompt)
+        prompts = [np.asarray(row.prompt, dtype=np.int64) for row in ordered]
+        pending = deque(zip(ordered, prompts, shared_lengths(prompts), strict=True))
         active: list[Row | None] = []
         self._fill(slots, active, pending)
         while active:

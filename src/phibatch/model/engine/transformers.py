@@ -21,8 +21,8 @@ from phibatch.errors import EngineError
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.checkpoint import context_length
 from phibatch.model.engine.base import EngineOptions
-from phibatch.model.engine.batches import generate_batches
-from phibatch.model.engine.row import Row, choose_tokens
+from phibatch.model.engine.batches import plan_batches
+from phibatch.model.engine.row import Row, choose_tokens, generate_rows
 from phibatch.model.folder import TOKENIZER
 from phibatch.model.grammar import Grammars
 
@@ -71,13 +71,14 @@ class TransformersEngine:
         self._grammars = Grammars(model_dir / TOKENIZER, self._eos_token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        return generate_batches(
-            requests,
-            lambda request: Row(request, self._tokenizer, self._context_length, self._eos_token_ids, self._grammars),
-            self._run,
-            self._batch_size,
-            self._context_length,
-        )
+        return generate_rows(requests, self._build_row, self._run)
+
+    def _build_row(self, request: Request) -> Row:
+        return Row(request, self._tokenizer, self._context_length, self._eos_token_ids, self._grammars)
+
+    def _run(self, rows: list[Row]) -> None:
+        for batch in plan_batches(rows, self._batch_size, self._context_length):
+            self._run_batch(batch)
 
     def _render(self, messages: Sequence[Message]) -> str:
         try:
@@ -89,7 +90,7 @@ class TransformersEngine:
         except TEMPLATE_ERRORS as error:
             raise ValueError(str(error)) from error
 
-    def _run(self, rows: list[Row]) -> None:
+    def _run_batch(self, rows: list[Row]) -> None:
         width = max(len(row.prompt) for row in rows)
         ids = torch.full((len(rows), width), self._pad_token_id)
         mask = torch.zeros_like(ids)
