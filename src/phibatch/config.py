@@ -69,7 +69,7 @@ class ModelConfig(_Section):
 
     uri: str
     engine: EngineName = EngineName.AUTO
-    batch_size: Annotated[int, Field(ge=1, le=32)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=32)] = 16
     memory: ByteSize | None = None
 
 

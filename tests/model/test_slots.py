@@ -254,6 +254,11 @@ def test_pools_hold_every_row_once_within_the_memory():
             assert pool.slots * pool.capacity <= tokens
     assert [pool.slots for pool, _ in plan_pools([100] * 50, 16, 10**6)] == [16]
     assert [pool.slots for pool, _ in plan_pools([100], 16, 10**6)] == [2]
+    # A long row among short ones does not stretch their slots, however much memory there is.
+    assert [(pool.slots, pool.capacity) for pool, _ in plan_pools([3000, *[90] * 200], 16, 10**6)] == [
+        (2, 3000),
+        (16, 90),
+    ]
 
 
 def test_memory_is_a_share_of_what_there_is(tmp_path, monkeypatch):

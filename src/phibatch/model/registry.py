@@ -115,7 +115,7 @@ def signature(defaults: GenerationParams) -> ModelSignature:
         params=ParamSchema(
             [
                 ParamSpec("engine", DataType.string, EngineName.AUTO.value),
-                ParamSpec("batch_size", DataType.long, 8),
+                ParamSpec("batch_size", DataType.long, 16),
                 ParamSpec("memory", DataType.long, 0),
                 *(_param(name, bounds, getattr(defaults, name)) for name, bounds in NUMBERS.items()),
                 ParamSpec("stop", DataType.string, list(defaults.stop), shape=(-1,)),

@@ -16,6 +16,11 @@ SHARE = 0.5
 PREFIX_SHARE = 0.125
 """Of the memory for keys and values: what is kept of shared prefixes."""
 
+SPREAD = 8
+"""How many times longer than the shortest row of a pool its slots may be, where memory is ample. Short rows in long
+slots touch much more memory than they fill, since the system gives it in large pages; and every pool more is a tail in
+which slots stand empty."""
+
 
 def default_memory(threads: int) -> int:
     """Bytes that an engine of so many threads may take: its share of the container, or of the machine, by cores."""
@@ -36,8 +41,9 @@ class Pool:
 def plan_pools(needs: Sequence[int], max_slots: int, tokens: int) -> list[tuple[Pool, list[int]]]:
     """Share slots out to rows.
 
-    All rows have slots of the longest one's size where `max_slots` of them fit. Where they do not, the rows that need
-    at most half of it are planned by themselves, so that a long row does not take the slots of many short ones.
+    Rows have slots of the longest one's size, but those much shorter, by `SPREAD`, are planned by themselves. Where
+    `max_slots` of the longest do not fit, those that need at most half of it are, so that a long row does not take the
+    slots of many short ones.
 
     Args:
         needs: of each row, prompt and limit together, in tokens.
@@ -53,9 +59,8 @@ def plan_pools(needs: Sequence[int], max_slots: int, tokens: int) -> list[tuple[
     while places:
         capacity = needs[places[0]]
         slots = min(max_slots, tokens // capacity)
-        count = len(places)
-        if slots < max_slots:
-            count = next((at for at, place in enumerate(places) if needs[place] <= capacity // 2), count)
+        spread = 2 if slots < max_slots else SPREAD
+        count = next((at for at, place in enumerate(places) if needs[place] <= capacity // spread), len(places))
         pools.append((Pool(max(2, min(slots, count)), capacity), places[:count]))
         places = places[count:]
     return pools

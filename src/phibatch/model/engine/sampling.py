@@ -9,8 +9,8 @@ Logits = NDArray[np.float32]
 Weights = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
-NUCLEUS = 128
-"""How many of the likeliest tokens are looked at first for top-p."""
+HEAD = 1024
+"""How many of the likeliest tokens are looked at first for top-p: they hold nearly all of the mass, as a rule."""
 
 
 class Sampler:
@@ -56,35 +56,31 @@ class Sampler:
             weights = np.exp((logits.astype(np.float64) - logits.max()) / params.temperature)
         kept = np.arange(len(weights))
         if 0 < params.top_k < len(weights):
-            kept = _heaviest(weights, params.top_k)[: params.top_k]
+            kept = _heaviest(weights, kept, params.top_k)
         if params.top_p < 1:
-            kept = _nucleus(weights, kept, params.top_p)
+            kept = _heaviest(weights, kept, _nucleus_size(weights[kept], params.top_p))
         if params.min_p:
             kept = kept[weights[kept] >= params.min_p]
-        # In the order of their ids, whichever way they were found.
-        kept = np.sort(kept)
         mass = np.cumsum(weights[kept])
         place = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
         return int(kept[min(int(place), len(kept) - 1)])
 
 
-def _heaviest(weights: Weights, count: int) -> Ids:
-    """The ids of the heaviest `count` tokens, the heaviest first, with all that weigh as much as the last of them."""
-    bound = np.partition(weights, -count)[-count]
-    ids = np.flatnonzero(weights >= bound)
-    # The stable sort settles ties by id.
-    return ids[np.argsort(-weights[ids], kind="stable")]
-
-
-def _nucleus(weights: Weights, kept: Ids, top_p: float) -> Ids:
-    """Of some tokens the fewest, heaviest first, that reach a share of their mass."""
+def _heaviest(weights: Weights, kept: Ids, count: int) -> Ids:
+    """Of some tokens, in the order of their ids, the heaviest `count`; of those that weigh the same the first."""
     mine = weights[kept]
-    wanted = top_p * mine.sum()
-    # Few tokens hold nearly all of the mass, as a rule: to sort a whole vocabulary would cost more than all the rest.
-    count = min(NUCLEUS, len(mine))
-    while True:
-        order = _heaviest(mine, count)
-        mass = np.cumsum(mine[order])
-        if mass[-1] >= wanted or len(order) == len(mine):
-            return kept[order[: int(np.searchsorted(mass, wanted)) + 1]]
-        count = min(count * 8, len(mine))
+    bound = np.partition(mine, -count)[-count]
+    chosen = mine > bound
+    chosen[np.flatnonzero(mine == bound)[: count - np.count_nonzero(chosen)]] = True
+    found: Ids = kept[chosen]
+    return found
+
+
+def _nucleus_size(weights: Weights, top_p: float) -> int:
+    """How many of the heaviest it takes to reach a share of the whole mass."""
+    wanted = top_p * weights.sum()
+    for count in (min(HEAD, len(weights)), len(weights)):
+        masses = np.cumsum(np.sort(np.partition(weights, -count)[-count:])[::-1])
+        if masses[-1] >= wanted:
+            return int(np.searchsorted(masses, wanted)) + 1
+    return len(weights)
