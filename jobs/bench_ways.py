@@ -199,7 +199,9 @@ def load_job(task: Task) -> Generate:
     mlflow.set_tracking_uri(f"sqlite:///{work / 'mlflow.db'}")
     model = log_onnx(Path(task.model, "onnx"), "benchmark")
     spark = open_session("benchmark")
-    pq.write_table(pa.Table.from_pylist(task.rows), work / "input.parquet")
+    text = [(name, pa.string()) for name in ("custom_id", "system", "prompt")]
+    schema = pa.schema([*text, ("max_tokens", pa.int64())])
+    pq.write_table(pa.Table.from_pylist(task.rows, schema), work / "input.parquet")
     config = build_config(
         {
             "input": {"path": str(work / "input.parquet")},

@@ -35,6 +35,9 @@ ONNX_WAYS = ["tutorial", "genai", "slots", SAME_AS, "job"]
 FLAGS = ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"]
 PACKAGES = ["phibatch", "onnxruntime", "onnxruntime-genai", "pyspark", "mlflow", "numpy"]
 
+WIDTH = 180
+"""Columns of the tables where there is no terminal, such as in a file."""
+
 Result = dict[str, Any]
 
 
@@ -333,6 +336,8 @@ def main(**options: Any) -> None:
     # Measurements run in folders of their own.
     settings = Settings(**{**options, "cache": options["cache"].resolve(), "out": options["out"].resolve()})
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     try:
         report = run_rounds(settings, console)
     except Refused as reason:
