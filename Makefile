@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 # pip takes the tested set; pyproject.toml says what else would do.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Files of tests side by side: much of their time is waiting for processes to start.
+PARALLEL := --numprocesses 2 --dist loadfile
+
 export ORT_DISABLE_TELEMETRY := 1
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 export SPARK_LOCAL_IP := 127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-wheel lint format build bench clean java python
+.PHONY: help run test soak test-wheel lint format build bench clean java python
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -21,18 +24,23 @@ run: $(VENV)/.core java ## Log the embedded model and run the job on the sample 
 	@$(BIN)/phibatch run --config conf/demo.yaml --show 10
 
 test: $(VENV)/.dev java ## Run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
+
+soak: $(VENV)/.dev java ## Kill drivers, executors and workers for some twenty minutes
+	@$(BIN)/python -m pytest tests/cluster -m soak
 
 test-wheel: build java ## Run every test against the built wheel, in an environment of its own
 	@rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	@.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  "$$(ls dist/phibatch-*.whl)[dev]"
-	@PYSPARK_PYTHON=$(abspath .venv-wheel/bin/python) .venv-wheel/bin/python -P -m pytest
+	@PYSPARK_PYTHON=$(abspath .venv-wheel/bin/python) .venv-wheel/bin/python -P -m pytest $(PARALLEL)
 
-lint: $(VENV)/.dev ## Check style and types
+lint: $(VENV)/.dev ## Check style, types and, where there is a network, known vulnerabilities
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@if $(BIN)/python -c 'import socket; socket.create_connection(("pypi.org", 443), 3)' 2>/dev/null; \
+	  then $(BIN)/pip-audit --skip-editable; else echo "no network: known vulnerabilities were not looked up"; fi
 
 format: $(VENV)/.dev ## Put the code into the one style
 	@$(BIN)/ruff check --fix-only .

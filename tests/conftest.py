@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,42 @@ def chat_model(tracking: str) -> Any:
     from phibatch.model.registry import log_transformers
 
     return log_transformers(demo.TWIN_DIR, "chat", "champion")
+
+
+@pytest.fixture(scope="session")
+def counting(tmp_path_factory: pytest.TempPathFactory, tracking: str) -> Path:
+    """The folder where the model `counting` notes the requests it is asked for."""
+    import mlflow
+
+    from phibatch.contract import GenerationParams
+    from phibatch.model.registry import signature
+
+    folder = tmp_path_factory.mktemp("calls")
+    mlflow.pyfunc.log_model(
+        name="counting",
+        python_model=str(Path(__file__).with_name("counting_model.py")),
+        artifacts={"model": str(demo.MODEL_DIR)},
+        signature=signature(GenerationParams()),
+        pip_requirements=[],
+        model_config={"name": "counting", "digest": "counting", "calls": str(folder)},
+        metadata={"phibatch_digest": "counting"},
+        registered_model_name="counting",
+    )
+    return folder
+
+
+@pytest.fixture
+def calls(counting: Path) -> Callable[[], list[str]]:
+    """The last messages that the model `counting` was asked for since the last look, in any order."""
+
+    def look() -> list[str]:
+        asked = [line for file in counting.iterdir() for line in file.read_text().splitlines()]
+        for file in counting.iterdir():
+            file.unlink()
+        return [json.loads(line)["messages"][-1]["content"] for line in asked if line.endswith("}")]
+
+    look()
+    return look
 
 
 @pytest.fixture(scope="session")

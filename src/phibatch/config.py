@@ -1,16 +1,29 @@
 """A job's configuration: YAML in, a frozen and checked `JobConfig` out. No Spark, no MLflow."""
 
 import difflib
+import os
+import re
 import string
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams, build_params
 from phibatch.errors import ConfigError
+
+ENVIRONMENT = re.compile(r"\$\{(\w+)\}")
 
 MAPPINGS = ("options", "response_format")
 """The settings whose value is a mapping."""
@@ -18,6 +31,12 @@ MAPPINGS = ("options", "response_format")
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _look_up(found: re.Match[str]) -> str:
+    if found[1] not in os.environ:
+        raise ValueError(f"the environment has no variable {found[1]}")
+    return os.environ[found[1]]
 
 
 class InputColumns(_Section):
@@ -44,10 +63,18 @@ class InputConfig(_Section):
     path: str | None = None
     table: str | None = None
     format: str = "parquet"
-    options: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, SecretStr] = Field(default_factory=dict)
     columns: InputColumns = InputColumns()
     system: str | None = None
     template: str | None = None
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        """Options may be secrets: `${NAME}` in one is the environment's, and none is ever shown."""
+        if not isinstance(value, dict):
+            return value
+        return {key: ENVIRONMENT.sub(_look_up, str(text)) for key, text in value.items()}
 
     @field_validator("template")
     @classmethod
@@ -107,12 +134,18 @@ class GenerationConfig(_Section):
 
 
 class OutputConfig(_Section):
-    """Where the responses go: a `path` in a Spark `format`, or a `table`; the usage table stands beside it."""
+    """Where the responses go: a `path` in a Spark `format`, or a `table`; the usage table stands beside it.
+
+    What is there already is kept and only the rest done (`mode: resume`), lost, or a reason to stop. Rows whose input
+    row is gone are orphans.
+    """
 
     path: str | None = None
     table: str | None = None
     format: str = "parquet"
-    mode: Literal["error", "overwrite"] = "error"
+    mode: Literal["resume", "overwrite", "error"] = "resume"
+    orphans: Literal["keep", "drop"] = "keep"
+    work_path: str | None = None
     keep_columns: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -139,8 +172,18 @@ class JobSettings(_Section):
     """The run itself."""
 
     name: str = "phibatch"
+    chunk_rows: Annotated[int, Field(ge=1)] | None = None
     partitions: Annotated[int, Field(ge=1)] | None = None
+    retry: Literal["failed", "none", "all"] = "failed"
+    row_timeout: Annotated[float, Field(gt=0)] | None = None
+    worker_timeout: Annotated[float, Field(gt=0)] = 600
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> Self:
+        if self.chunk_rows is not None and self.partitions is not None:
+            raise ValueError("only one of chunk_rows and partitions may be set")
+        return self
 
 
 class JobConfig(_Section):

@@ -28,6 +28,10 @@ class ErrorCode(StrEnum):
     INVALID_OUTPUT = "invalid_output"
 
 
+RETRYABLE = (ErrorCode.TIMEOUT, ErrorCode.ENGINE_ERROR, ErrorCode.WORKER_CRASHED)
+"""The errors of rows that may have an answer when they are tried again; the others would come out the same."""
+
+
 class EngineName(StrEnum):
     """The engines a model can be asked to answer with; `auto` is the best that can run it."""
 
@@ -206,8 +210,10 @@ def build_messages(values: Any) -> tuple[Message, ...]:
     """A checked conversation from dicts of `role` and `content`.
 
     Raises:
-        ValueError: it is empty, a message lacks a known role or its text, or the last is not the user's.
+        ValueError: it is no list or empty, a message lacks a known role or its text, or the last is not the user's.
     """
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise ValueError("messages is not a list of objects of role and content")
     messages = []
     for position, value in enumerate(values):
         if not isinstance(value, dict):

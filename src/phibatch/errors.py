@@ -9,6 +9,7 @@ PhibatchError
 ├── RowError             one row can not be answered: becomes that row's `error`, never leaves the model
 ├── EngineError          the engine can not go on: fails the task, and Spark retries it (exit 1)
 ├── RunError             Spark gave the run up, for another reason (exit 1)
+│   └── WorkerCrash      a process that computed rows died, without a word of its own
 └── ErrorRateExceeded    the output is written whole, but too many of its rows failed (exit 3)
 """
 
@@ -55,6 +56,10 @@ class EngineError(PhibatchError):
 
 class RunError(PhibatchError):
     """Raised when Spark gives a run up after its own retries: a lost disk, a worker that dies again and again."""
+
+
+class WorkerCrash(RunError):
+    """Raised when a Python worker or its executor died at its rows: killed, out of memory, or by a native fault."""
 
 
 class ErrorRateExceeded(PhibatchError):

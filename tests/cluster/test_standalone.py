@@ -32,7 +32,7 @@ def read(path):
 def test_a_cluster_answers_as_one_core_does(cluster, submit, demo_model, thousand, tmp_path):
     """1,000 rows under spark-submit: two workers of one core and local[1] write the same table, bad rows and all."""
     tables = {}
-    for name, master in {"cluster": cluster, "local": "local[1]"}.items():
+    for name, master in {"cluster": cluster.url, "local": "local[1]"}.items():
         output = tmp_path / name
         done = submit(
             master,
@@ -68,7 +68,7 @@ def test_the_chat_variant_runs_on_a_cluster(cluster, submit, chat_model, tmp_pat
         "--model",
         "models:/chat@champion",
     )
-    done = submit(cluster, *arguments, "--set", "output.keep_columns=[expected]", "--set", "job.partitions=2")
+    done = submit(cluster.url, *arguments, "--set", "output.keep_columns=[expected]", "--set", "job.partitions=2")
     assert done.returncode == 0, done.stdout + done.stderr
     table = read(tmp_path / "chat")
     assert (table["response"] == table["expected"]).mean() >= 0.95

@@ -209,3 +209,14 @@ def test_nothing_is_reported_to_anyone(name, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_row_that_takes_too_long_keeps_its_text(name):
+    """Beyond `row_timeout` a row ends as `timeout`, with what it had said; its usage counts what was computed."""
+    options = EngineOptions(name, batch_size=2, threads=1, row_timeout=1e-6)
+    engine = load_engine(FOLDERS[name], "timeout", options)
+    cut, whole = engine.generate([request(PROMPTS[0], max_tokens=64), request(PROMPTS[0], max_tokens=1)])
+    assert (cut.error_code, cut.finish_reason) == (ErrorCode.TIMEOUT, None)
+    assert cut.usage.completion_tokens == 1
+    assert cut.text == whole.text
+    assert (whole.error_code, whole.finish_reason) == (None, FinishReason.LENGTH)

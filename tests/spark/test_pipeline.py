@@ -8,15 +8,13 @@ import pytest
 import yaml
 from pyspark.sql import functions as F
 
-from phibatch import demo
-from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS, GenerationParams
+from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS
 from phibatch.errors import ErrorRateExceeded, InputError, ModelError, OutputError
-from phibatch.job.generate import generate
+from phibatch.job.generate import build_predict, generate
 from phibatch.job.output import read_responses, read_usage
 from phibatch.job.pipeline import run_batch
-from phibatch.job.plan import build_plan
+from phibatch.job.plan import group, identify
 from phibatch.job.prompts import build_requests, check_columns, read_prompts
-from phibatch.model.registry import signature
 
 pytestmark = pytest.mark.usefixtures("demo_model")
 
@@ -98,8 +96,8 @@ def test_the_model_is_evaluated_once(spark, job, write_parquet, demo_model):
     config = job(write_parquet([{"prompt": str(n)} for n in range(4)]))
     prompts = read_prompts(spark, config.input)
     columns = check_columns(prompts, config.input)
-    plan = build_plan(build_requests(prompts, columns, config.input, config.generation), demo_model.digest)
-    frame = generate(spark, plan, demo_model, config.model, 2, "run")
+    plan = group(identify(build_requests(prompts, columns, config.input, config.generation), demo_model.digest))
+    frame = generate(plan, build_predict(spark, demo_model, config.model, config.job), demo_model, "run")
     assert evaluations(frame) == 1
     assert (
         evaluations(frame.where(F.col("error.code").isNull() & (F.length("response") > 0)).select("usage", "response"))
@@ -107,32 +105,12 @@ def test_the_model_is_evaluated_once(spark, job, write_parquet, demo_model):
     )
 
 
-@pytest.fixture
-def calls(tmp_path_factory, tracking):
-    """A folder where the model `counting` notes the requests it is asked for."""
-    folder = tmp_path_factory.mktemp("calls")
-    mlflow.pyfunc.log_model(
-        name="counting",
-        python_model=str(Path(__file__).with_name("counting_model.py")),
-        artifacts={"model": str(demo.MODEL_DIR)},
-        signature=signature(GenerationParams()),
-        pip_requirements=[],
-        model_config={"name": "counting", "digest": "counting", "calls": str(folder)},
-        metadata={"phibatch_digest": "counting"},
-        registered_model_name="counting",
-    )
-    return folder
-
-
 def test_the_engine_is_asked_once_for_each_distinct_request(answers, write_parquet, calls):
     """Counted in the model itself: every distinct request once, and rejected rows never."""
     path = write_parquet([{"custom_id": str(n), "prompt": f"word {n % 7}" if n else None} for n in range(50)])
     _, rows = answers(path, model={"uri": "models:/counting/1"}, output={"keep_columns": ["prompt"]})
-    asked = [
-        json.loads(line)["messages"][0]["content"] for file in calls.iterdir() for line in file.read_text().splitlines()
-    ]
     assert len(rows) == 50
-    assert sorted(asked) == [f"word {n}" for n in range(7)]
+    assert sorted(calls()) == [f"word {n}" for n in range(7)]
 
 
 def test_messages_and_parameters_reach_the_engine(answers, write_parquet):
@@ -162,12 +140,12 @@ def test_kept_columns_follow_the_contracts(answers, write_parquet):
 
 
 def test_an_existing_output_is_not_touched(spark, job, write_parquet, tmp_path):
-    """A second run on an output stops before anything is generated, unless it is told to overwrite."""
+    """With `output.mode` error a second run stops before anything is generated; with overwrite it begins anew."""
     path = write_parquet([{"custom_id": "1", "prompt": "first"}])
     run_batch(spark, job(path))
     runs = len(mlflow.search_runs())
-    with pytest.raises(OutputError, match=r"exists already; name another, or set output\.mode to overwrite"):
-        run_batch(spark, job(path))
+    with pytest.raises(OutputError, match=r"exists already; name another, or set output\.mode to resume or overwrite"):
+        run_batch(spark, job(path, output={"mode": "error"}))
     assert len(mlflow.search_runs()) == runs
     again = job(write_parquet([{"custom_id": "1", "prompt": "second"}], "other"), output={"mode": "overwrite"})
     run_batch(spark, again)
@@ -183,8 +161,8 @@ def test_tables_by_name_work_as_paths_do(spark, job, write_parquet):
     try:
         assert spark.read.table("answers").first()["response"] == "hello"
         assert spark.read.table("answers_usage").count() == 1
-        with pytest.raises(OutputError):
-            run_batch(spark, config)
+        assert run_batch(spark, config).skipped == 1
+        assert spark.read.table("answers").count() == 1
     finally:
         for name in ("prompts", "answers", "answers_usage"):
             spark.sql(f"DROP TABLE IF EXISTS {name}")
@@ -239,20 +217,6 @@ def test_the_order_and_the_cut_of_the_table_do_not_matter(answers, write_parquet
     assert tables[0] == tables[1]
 
 
-def test_a_generated_rows_place_hangs_on_its_request_alone(spark, job, write_parquet, demo_model):
-    """Partitions are cut by content: a plan computed anew, with its arrays in another order, is cut the same way."""
-    config = job(write_parquet([{"custom_id": str(n), "prompt": f"say {n % 20}"} for n in range(60)]))
-    prompts = read_prompts(spark, config.input)
-    columns = check_columns(prompts, config.input)
-    plan = build_plan(build_requests(prompts, columns, config.input, config.generation), demo_model.digest)
-    cuts = []
-    for each in (plan, plan.withColumn("rows", F.reverse("rows"))):
-        frame = generate(spark, each, demo_model, config.model, 4, "run")
-        placed = frame.select("custom_id", F.spark_partition_id().alias("place")).collect()
-        cuts.append({row["custom_id"]: row["place"] for row in placed})
-    assert cuts[0] == cuts[1]
-
-
 def test_an_output_that_holds_the_input_is_refused(spark, job, write_parquet, tmp_path):
     """The input is not overwritten, however its path or a folder above it is spelled."""
     path = write_parquet([{"prompt": "precious"}])
@@ -294,5 +258,5 @@ def test_a_readers_options_are_not_logged(spark, job, write_parquet):
     """A password among the reader's options does not reach MLflow."""
     config = job(write_parquet([{"prompt": "x"}]), input={"options": {"password": "hunter2"}})
     run = mlflow.get_run(run_batch(spark, config).run_id)
-    assert run.data.params["input.options.password"] == "***"
+    assert run.data.params["input.options.password"] == "**********"
     assert "hunter2" not in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/config.yaml")

@@ -1,11 +1,14 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyspark.sql import functions as F
 
 from phibatch.config import GenerationConfig, InputConfig
-from phibatch.job.plan import build_plan, count_partitions, count_plan
+from phibatch.job.plan import group, identify, lay_out
 from phibatch.job.prompts import build_requests, check_columns, read_prompts
+from phibatch.job.stage import PARTITION_BITS
 
 
 @pytest.fixture
@@ -15,7 +18,7 @@ def plan(spark, write_parquet):
         prompts = read_prompts(spark, settings)
         columns = check_columns(prompts, settings)
         requests = build_requests(prompts, columns, settings, generation or GenerationConfig(), keep_columns)
-        return build_plan(requests, digest)
+        return group(identify(requests, digest))
 
     return build
 
@@ -31,8 +34,7 @@ def lines(plan):
 def test_equal_greedy_requests_are_generated_once(plan):
     """Under greedy decoding, rows that differ only in what sampling would use are one generation."""
     built = plan([{"custom_id": str(n), "prompt": f"q{n % 2}", "top_p": 0.5 + n / 100, "seed": n} for n in range(10)])
-    counts = count_plan(built)
-    assert (counts.rows, counts.rejected, counts.to_generate, counts.duplicates) == (10, 0, 2, 8)
+    assert [len(row["rows"]) for row in built.collect()] == [5, 5]
     assert "seed" not in json.loads(lines(built)[0]["request"])
 
 
@@ -40,7 +42,7 @@ def test_equal_greedy_requests_are_generated_once(plan):
 def test_sampled_requests_are_generated_once_only_with_equal_seeds(plan, seed, generations):
     """Sampled rows are one generation when their seeds are given and equal; without seeds each has its own."""
     rows = [{"custom_id": str(n), "prompt": "q"} for n in range(4)]
-    assert count_plan(plan(rows, GenerationConfig(temperature=0.8, seed=seed))).to_generate == generations
+    assert plan(rows, GenerationConfig(temperature=0.8, seed=seed)).count() == generations
 
 
 def test_a_missing_seed_comes_from_request_and_custom_id(plan):
@@ -99,6 +101,48 @@ def test_without_custom_id_rows_are_named_by_content_with_an_ordinal(plan):
     assert len({name[:64] for name in names}) == 2
 
 
+WORDS = st.sampled_from(["a", "b", "c", "-"])
+TABLE = st.lists(
+    st.fixed_dictionaries(
+        {
+            "custom_id": st.none() | WORDS,
+            "prompt": st.none() | WORDS | st.just(" "),
+            "temperature": st.sampled_from([0.0, 0.8, 3.0]),
+            "seed": st.none() | st.integers(min_value=0, max_value=1),
+        }
+    ),
+    min_size=1,
+    max_size=30,
+)
+SCHEMA = "custom_id string, prompt string, temperature double, seed bigint"
+COLUMNS = ("custom_id", "prompt", "temperature", "seed")
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=TABLE, order=st.randoms())
+def test_any_table_has_one_outcome_a_row_in_any_order(spark, rows, order):
+    """Every row is in just one group; a custom_id is answered once at the most; and shuffling changes none of it."""
+    config = InputConfig(path="unused")
+
+    def outcomes(table):
+        frame = spark.createDataFrame([tuple(row[name] for name in COLUMNS) for row in table], SCHEMA)
+        requests = build_requests(frame, check_columns(frame, config), config, GenerationConfig())
+        return lines(group(identify(requests, "d")))
+
+    first = outcomes(rows)
+    assert len(first) == len(rows)
+    answered = [row["custom_id"] for row in first if row["reason"] is None]
+    assert len(answered) == len(set(answered))
+    assert {row["custom_id"] for row in rows if row["custom_id"]} <= {row["custom_id"] for row in first}
+    shuffled = list(rows)
+    order.shuffle(shuffled)
+
+    def key(row):
+        return [str(row[name]) for name in ("custom_id", "request_key", "reason")]
+
+    assert sorted(outcomes(shuffled), key=key) == sorted(first, key=key)
+
+
 def test_kept_columns_stay_with_their_row(plan):
     """Rows that share a generation keep their own columns."""
     rows = [{"custom_id": str(n), "prompt": "q", "tag.x": n} for n in range(3)]
@@ -106,12 +150,20 @@ def test_kept_columns_stay_with_their_row(plan):
     assert [(row["custom_id"], row["kept"]["tag.x"]) for row in lines(built)] == [("0", 0), ("1", 1), ("2", 2)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "slots", "partitions"), [(0, 2, 2), (10, 2, 2), (256, 2, 2), (257, 2, 4), (10**6, 100, 7900)]
-)
-def test_partitions_are_whole_waves_of_the_slots(rows, slots, partitions):
-    """Every slot has a partition in each wave, and no partition more than its rows."""
-    assert count_partitions(rows, slots) == partitions
+def test_requests_that_begin_alike_lie_together(spark, plan, request):
+    """Generations are laid out by their text, those rejected first, with places that grow."""
+    for key, value in {"shuffle.partitions": 4, "adaptive.coalescePartitions.enabled": "false"}.items():
+        before = spark.conf.get(f"spark.sql.{key}")
+        request.addfinalizer(lambda key=key, before=before: spark.conf.set(f"spark.sql.{key}", before))
+        spark.conf.set(f"spark.sql.{key}", value)
+    systems = [f"{n % 3} is a number" for n in range(60)]
+    rows = [{"prompt": f"q{n}" if n % 10 else None, "system": system} for n, system in enumerate(systems)]
+    laid = sorted(lay_out(plan(rows)).collect(), key=lambda row: row["place"])
+    assert [row["request"] is None for row in laid] == [True] * 6 + [False] * 54
+    requests = [row["request"] for row in laid[6:]]
+    assert requests == sorted(requests)
+    assert len({row["place"] for row in laid}) == 60
+    assert len({row["place"] >> PARTITION_BITS for row in laid}) > 1
 
 
 def test_ordinals_follow_the_kept_columns_and_not_the_tables_order(plan):

@@ -2,14 +2,12 @@ import os
 
 import pandas as pd
 
-from phibatch.job.plan import count_partitions
 from phibatch.job.session import count_slots
 
 
 def test_slots_are_the_tasks_that_run_at_once(spark):
-    """A session of two cores and one core a task has two slots, and a small job a partition for each."""
+    """A session of two cores and one core a task has two slots."""
     assert count_slots(spark) == 2
-    assert count_partitions(1, count_slots(spark)) == 2
 
 
 def test_workers_know_their_tasks_cpus(spark):

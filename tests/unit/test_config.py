@@ -16,7 +16,10 @@ def document(**sections):
         ({"generation": {"max_token": 5}}, "unknown key generation.max_token: did you mean generation.max_tokens?"),
         ({"input": {"columns": {"promt": "x"}}}, "unknown key input.columns.promt: did you mean input.columns.prompt?"),
         ({"generations": {"seed": 1}}, "unknown key generations: did you mean generation?"),
-        ({"job": {"zzz": 1}}, "unknown key job.zzz: known here are name, partitions, max_error_rate"),
+        (
+            {"model": {"zzz": 1}},
+            "unknown key model.zzz: known here are uri, engine, batch_size, memory",
+        ),
         ({"generation": {"temperature": 3}}, "generation.temperature is 3: it must be a number from 0 up to 2"),
         ({"generation": {"top_p": 0}}, "generation.top_p is 0: it must be a number above 0 up to 1"),
         (
@@ -85,3 +88,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     """A missing file is named."""
     with pytest.raises(ConfigError, match=r"nope.yaml can not be read: No such file"):
         read_config(tmp_path / "nope.yaml")
+
+
+def test_a_readers_secrets_come_from_the_environment(monkeypatch):
+    """`${NAME}` in an option is the variable's value; no option is shown, in a mistake's sentence either."""
+    monkeypatch.setenv("DB_PASSWORD", "hunter2")
+    options = {"password": "${DB_PASSWORD}", "url": "jdbc:x?u=${DB_PASSWORD}$1", "port": 5}
+    config = build_config(document(input={"options": options}))
+    found = {key: value.get_secret_value() for key, value in config.input.options.items()}
+    assert found == {"password": "hunter2", "url": "jdbc:x?u=hunter2$1", "port": "5"}
+    assert "hunter2" not in f"{config!r}{config.model_dump_json()}"
+    with pytest.raises(ConfigError, match=r"^input\.options: the environment has no variable NO_SUCH$"):
+        build_config(document(input={"options": {"a": "hunter2", "password": "${NO_SUCH}"}}))

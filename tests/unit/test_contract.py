@@ -1,8 +1,10 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from phibatch.contract import PARAMETERS, GenerationParams, Message, Request, Usage, build_messages, build_params
+from phibatch.contract import PARAMETERS, ROLES, GenerationParams, Message, Request, Usage, build_messages, build_params
 
 
 def test_parameters_are_the_dataclass_fields():
@@ -70,3 +72,31 @@ def test_total_tokens_are_prompt_and_completion():
         "cached_tokens": 1,
         "total_tokens": 7,
     }
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from([*ROLES, "robot"]), "content": st.text(max_size=8) | st.none()}),
+    max_size=4,
+)
+bodies = st.fixed_dictionaries(
+    {"messages": messages | json_values}, optional=dict.fromkeys((*PARAMETERS, "other"), json_values)
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(body=bodies)
+def test_any_body_is_a_request_or_a_sentence(body):
+    """What the job sends is read, or refused by a ValueError; nothing else is ever raised."""
+    try:
+        request = Request.from_json(json.dumps(body))
+    except ValueError:
+        return
+    assert request.messages[-1].role == "user"
+    assert [(each.role, each.content) for each in request.messages] == [
+        (each["role"], each["content"]) for each in body["messages"]
+    ]

@@ -7,38 +7,133 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from phibatch.config import OutputConfig
-from phibatch.contract import USAGE_COLUMNS
+from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS
 from phibatch.errors import OutputError
 from phibatch.job.session import explain_failure, first_line
+from phibatch.job.work import WorkFolder
+
+FILE_FORMATS = {"parquet", "orc", "json", "avro"}
+"""Formats whose tables are nothing but their files. The others are taken to be written in transactions."""
+
+KEPT = "kept"
+"""Rows of files that are going to be removed, in the work folder."""
 
 
-def check_output(spark: SparkSession, config: OutputConfig, prompts: DataFrame) -> None:
-    """See that the output may be written.
+def check_output(spark: SparkSession, config: OutputConfig, prompts: DataFrame) -> bool:
+    """See that the output may be written; whether it is there already.
 
     Raises:
-        OutputError: it exists already and `output.mode` is `error`, or it holds files of the input.
+        OutputError: it exists and `output.mode` is `error`, it is no response table, or it holds files of the input.
     """
-    files = _files(spark, config)
-    if files is not None and set(files) & set(prompts.inputFiles()):
+    files = _files(spark, config, config.place)
+    if files is None:
+        return False
+    if set(files) & set(prompts.inputFiles()):
         raise OutputError(f"the output {config.place} holds the input itself, which would be overwritten")
-    if config.mode == "error" and files is not None:
+    if config.mode == "error":
         raise OutputError(
-            f"the output {config.place} exists already; name another, or set output.mode to overwrite to lose it"
+            f"the output {config.place} exists already; name another, or set output.mode to resume or overwrite"
         )
+    if config.mode == "resume" and files:
+        missing = set(RESPONSE_COLUMNS) - set(_read(spark, config.place, config).columns)
+        # Formats that keep no schema of their own drop what is null in every row.
+        if missing - {"response", "finish_reason", "error", "generation_seconds"}:
+            raise OutputError(
+                f"the output {config.place} is no response table: it has no column {min(missing)}; name another, or"
+                " set output.mode to overwrite to lose what is there"
+            )
+    return True
 
 
-def write_responses(responses: DataFrame, config: OutputConfig) -> None:
-    """Write the response table: the one action on the generated frame.
+class ResponseTable:
+    """The response table of a run.
 
-    Raises:
-        EngineError: the engine failed, on every attempt.
-        RunError: Spark could not finish for another reason.
+    Args:
+        spark: the session.
+        config: where it is.
+        schema: of its rows.
+        exists: whether it is there already.
+
+    Attributes:
+        schema: of its rows.
+        exists: whether there is a table now.
     """
-    writer = responses.write.format(config.format).mode("errorifexists" if config.mode == "error" else config.mode)
-    try:
-        writer.saveAsTable(config.place) if config.table else writer.save(config.place)
-    except (PySparkException, Py4JJavaError) as error:
-        raise explain_failure(error) from error
+
+    def __init__(self, spark: SparkSession, config: OutputConfig, schema: StructType, *, exists: bool) -> None:
+        self._spark = spark
+        self._config = config
+        self.schema = schema
+        self._mode = "overwrite" if config.mode == "overwrite" else "append"
+        self.exists = exists and config.mode != "overwrite"
+
+    def read(self) -> DataFrame | None:
+        """The rows that are there; None where there is no table yet."""
+        if not self.exists:
+            return None
+        found = read_responses(self._spark, self._config, self.schema)
+        missing = [name for name in self.schema.names if name not in found.columns]
+        if missing:
+            raise OutputError(
+                f"the output {self._config.place} has no column {missing[0]}, which output.keep_columns asks for"
+            )
+        return found
+
+    def append(self, responses: DataFrame) -> None:
+        """Add rows. The table is there afterwards, even if there were none.
+
+        Raises:
+            EngineError, WorkerCrash, RunError: as `explain_failure`.
+        """
+        writer = responses.select(*self.schema.names).write.format(self._config.format).mode(self._mode)
+        try:
+            writer.saveAsTable(self._config.place) if self._config.table else writer.save(self._config.place)
+        except (PySparkException, Py4JJavaError) as error:
+            raise explain_failure(error) from error
+        self._mode, self.exists = "append", True
+
+    def locate(self) -> DataFrame | None:
+        """The rows that are there, with `_file`, the URI of each one's file."""
+        found = self.read()
+        if found is None:
+            return None
+        return found.withColumn("_file", F.col("_metadata.file_path") if self._in_files else F.lit(None).cast("string"))
+
+    def set_aside(self, work: WorkFolder, marked: DataFrame) -> list[str]:
+        """Put rows that are kept where `replace` finds them; the table is as it was.
+
+        Args:
+            work: the run's folder.
+            marked: the rows as `locate` gave them, with `keep`.
+
+        Returns:
+            The URIs of the files that `replace` removes: those with a row that is not kept.
+        """
+        gone = [row["_file"] for row in marked.where(~F.col("keep")).select("_file").distinct().collect()]
+        kept = marked.where(F.col("keep"))
+        work.write((kept.where(F.col("_file").isin(gone)) if self._in_files else kept).select(*self.schema.names), KEPT)
+        return gone
+
+    def replace(self, work: WorkFolder, gone: list[str], run_id: str) -> None:
+        """Have the table hold what was set aside and what the run wrote, and not what they replace.
+
+        Files are added first and removed last, so that no row is ever absent; a row may be seen twice in between. A
+        format of its own transactions is written anew in one of them.
+        """
+        kept = work.read(KEPT, schema=self.schema)
+        if self._in_files:
+            self.append(kept)
+            work.remove_files(gone)
+        else:
+            written = read_responses(self._spark, self._config, self.schema).where(F.col("run_id") == run_id)
+            work.write(written.select(*self.schema.names).unionByName(kept), "final")
+            self._mode = "overwrite"
+            self.append(work.read("final", schema=self.schema))
+        if self._config.table:
+            self._spark.catalog.refreshTable(self._config.table)
+
+    @property
+    def _in_files(self) -> bool:
+        return self._config.format.lower() in FILE_FORMATS
 
 
 def read_responses(spark: SparkSession, config: OutputConfig, schema: StructType | None = None) -> DataFrame:
@@ -46,11 +141,15 @@ def read_responses(spark: SparkSession, config: OutputConfig, schema: StructType
     return _read(spark, config.place, config, schema)
 
 
-def append_usage(spark: SparkSession, config: OutputConfig, usage: dict[str, object]) -> None:
-    """Add a run's line to the usage table; `usage` has `contract.USAGE_COLUMNS`."""
-    row = tuple(usage[name] for name in USAGE_COLUMNS)
+def append_usage(spark: SparkSession, config: OutputConfig, usages: list[dict[str, object]]) -> None:
+    """Add a line for each run that has none yet to the usage table; each has `contract.USAGE_COLUMNS`."""
+    known = set()
+    if len(usages) > 1 and _files(spark, config, config.usage_place):
+        # A run that died may have come as far as this.
+        known = {row["run_id"] for row in read_usage(spark, config).select("run_id").collect()}
+    rows = [tuple(usage[name] for name in USAGE_COLUMNS) for usage in usages if usage["run_id"] not in known]
     schema = ", ".join(f"{name} {kind}" for name, kind in USAGE_COLUMNS.items())
-    writer = spark.createDataFrame([row], schema).coalesce(1).write.format(config.format).mode("append")
+    writer = spark.createDataFrame(rows, schema).coalesce(1).write.format(config.format).mode("append")
     writer.saveAsTable(config.usage_place) if config.table else writer.save(config.usage_place)
 
 
@@ -66,17 +165,15 @@ def _read(spark: SparkSession, place: str, config: OutputConfig, schema: StructT
     return (reader.schema(schema) if schema else reader).load(place)
 
 
-def _files(spark: SparkSession, config: OutputConfig) -> list[str] | None:
-    """The files that are at the output's place already; None where nothing is."""
+def _files(spark: SparkSession, config: OutputConfig, place: str) -> list[str] | None:
+    """The files that are at a place of the output already; None where nothing is."""
     try:
         if config.table:
-            return (
-                list(spark.read.table(config.table).inputFiles()) if spark.catalog.tableExists(config.table) else None
-            )
+            return list(spark.read.table(place).inputFiles()) if spark.catalog.tableExists(place) else None
         # The one source whose schema is known without a file to look into.
-        found = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(config.place)
+        found = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(place)
         return list(found.inputFiles())
     except (PySparkException, Py4JJavaError) as error:
         if isinstance(error, PySparkException) and error.getCondition() == "PATH_NOT_FOUND":
             return None
-        raise OutputError(f"the output {config.place} can not be reached: {first_line(error)}") from error
+        raise OutputError(f"the output {place} can not be reached: {first_line(error)}") from error

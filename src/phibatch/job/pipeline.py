@@ -3,19 +3,20 @@
 import time
 from datetime import UTC, datetime
 
-from pyspark import StorageLevel
 from pyspark.sql import SparkSession
 from rich.console import Console
 
 from phibatch.config import JobConfig
 from phibatch.errors import ErrorRateExceeded
-from phibatch.job.generate import generate
-from phibatch.job.output import append_usage, check_output, read_responses, write_responses
-from phibatch.job.plan import build_plan, count_partitions, count_plan
+from phibatch.job.answer import Answers, recover, stage
+from phibatch.job.generate import response_schema
+from phibatch.job.output import ResponseTable, append_usage, check_output, read_responses
+from phibatch.job.plan import identify
 from phibatch.job.progress import Reporter
 from phibatch.job.prompts import build_requests, check_columns, read_prompts
 from phibatch.job.session import count_slots
-from phibatch.job.summary import BatchSummary, log_summary, summarise, track_run
+from phibatch.job.summary import BatchSummary, close_runs, log_summary, summarise, track_run
+from phibatch.job.work import RunRecord, WorkFolder
 from phibatch.model.grammar import check_response_format
 from phibatch.model.registry import resolve_model
 
@@ -33,39 +34,45 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
         ErrorRateExceeded: the tables are written, and too many rows failed.
     """
     reporter = reporter or Reporter(Console(quiet=True))
-    keep_columns = config.output.keep_columns
     prompts = read_prompts(spark, config.input)
-    columns = check_columns(prompts, config.input, keep_columns)
-    check_output(spark, config.output, prompts)
+    columns = check_columns(prompts, config.input, config.output.keep_columns)
+    exists = check_output(spark, config.output, prompts)
     model = resolve_model(config.model.uri)
     config = config.with_defaults(model.defaults)
     model.check_engine(config.model.engine)
     check_response_format(config.generation.response_format)
     reporter.say_model(model, config.model.uri)
 
-    requests = build_requests(prompts, columns, config.input, config.generation, keep_columns)
-    plan = build_plan(requests, model.digest).persist(StorageLevel.MEMORY_AND_DISK)
-    try:
+    requests = build_requests(prompts, columns, config.input, config.generation, config.output.keep_columns)
+    rows = identify(requests, model.digest)
+    work = WorkFolder(spark, config.output)
+    with work.claimed() as earlier_runs:
+        started, clock = datetime.now(UTC), time.perf_counter()
+        schema = response_schema(prompts, config.output.keep_columns)
+        table = ResponseTable(spark, config.output, schema, exists=exists)
+        recover(work, table, config.output.mode)
+        plan, replaced = stage(config, work, table, rows, prompts)
         with track_run(config, model, prompts) as run_id:
-            started, clock = datetime.now(UTC), time.perf_counter()
-            counts = count_plan(plan)
-            slots = count_slots(spark)
-            partitions = config.job.partitions or count_partitions(counts.to_generate, slots)
-            reporter.say_plan(counts, partitions, slots)
-            responses = generate(spark, plan, model, config.model, partitions, run_id)
-            with reporter.watch(spark):
-                write_responses(responses, config.output)
+            run = RunRecord(run_id, model.uri, started.isoformat())
+            work.record(run)
+            reporter.say_plan(plan.counts, count_slots(spark))
+            answers = Answers(spark, work, table, plan, model, run_id)
+            answers.reject()
+            with reporter.watch(plan.counts.to_generate) as advance:
+                answers.generate(config, advance)
+            if replaced:
+                table.replace(work, replaced, run_id)
             seconds = time.perf_counter() - clock
-            written = read_responses(spark, config.output, responses.schema)
-            summary = summarise(written, model, run_id, started, seconds, counts)
-            append_usage(spark, config.output, summary.as_usage())
+            written = read_responses(spark, config.output, schema)
+            summaries = summarise(written, [*earlier_runs, run], seconds, plan.counts)
+            append_usage(spark, config.output, [each.as_usage() for each in summaries])
+            summary = summaries[-1]
             log_summary(summary)
-    finally:
-        plan.unpersist()
+        close_runs(earlier_runs)
     reporter.say_summary(summary, config.output.place, config.output.usage_place)
     if summary.error_rate > config.job.max_error_rate:
         raise ErrorRateExceeded(
-            f"{summary.failed:,} of {summary.rows:,} rows failed, more than"
+            f"{summary.table_failed:,} of {summary.table_rows:,} rows failed, more than"
             f" job.max_error_rate = {config.job.max_error_rate:g} allows; all rows are written to {config.output.place}"
         )
     return summary

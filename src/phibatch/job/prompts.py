@@ -26,10 +26,11 @@ def read_prompts(spark: SparkSession, config: InputConfig) -> DataFrame:
         InputError: it is absent or can not be read, in one sentence.
     """
     place = f"input.path {config.path}" if config.table is None else f"input.table {config.table}"
+    options = {key: value.get_secret_value() for key, value in config.options.items()}
     try:
         if config.table is not None:
-            return spark.read.options(**config.options).table(config.table)
-        return spark.read.format(config.format).options(**config.options).load(config.path)
+            return spark.read.options(**options).table(config.table)
+        return spark.read.format(config.format).options(**options).load(config.path)
     except (PySparkException, Py4JJavaError) as error:
         condition = error.getCondition() if isinstance(error, PySparkException) else None
         if condition in {"PATH_NOT_FOUND", "TABLE_OR_VIEW_NOT_FOUND"}:

@@ -11,10 +11,18 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from phibatch import QUIET
-from phibatch.errors import EngineError, PhibatchError, RunError, UserError
+from phibatch.errors import EngineError, PhibatchError, RunError, UserError, WorkerCrash
 
 PLATFORM = {"PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION"}
 """Either is set where somebody else has configured Spark: spark-submit, Databricks."""
+
+CRASHES = (
+    "Python worker exited unexpectedly",
+    "ExecutorLostFailure",
+    "MemoryError",
+    "Python worker process terminated",
+)
+"""What Spark says when a process died at its rows."""
 
 LOG_SETTINGS = Path(__file__).with_name("log4j2.properties")
 
@@ -65,6 +73,8 @@ def explain_failure(error: PySparkException | Py4JJavaError) -> PhibatchError:
     for line in reasons:
         if line.startswith(engine):
             return EngineError(f"the engine failed: {line.removeprefix(engine)}")
+    if any(word in str(error) for word in CRASHES):
+        return WorkerCrash("the process that computed the rows died")
     return RunError(f"Spark gave the run up: {reasons[-1] if reasons else first_line(error)}")
 
 

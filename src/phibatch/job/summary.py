@@ -1,30 +1,35 @@
 """The written table, added up; and what of a run goes to MLflow."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
 import mlflow
 from mlflow.data.spark_dataset import from_spark
+from mlflow.exceptions import MlflowException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 import phibatch
 from phibatch.config import InputConfig, JobConfig
 from phibatch.contract import USAGE_COLUMNS
-from phibatch.job.plan import PlanCounts
+from phibatch.job.stage import PlanCounts
+from phibatch.job.work import RunRecord
 from phibatch.model.registry import ResolvedModel
+
+TOKENS = [f"{kind}_tokens" for kind in ("prompt", "completion", "cached")]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
-    """One run's totals, over the response table's rows.
+    """One run's totals, over the rows of the response table that it wrote.
 
     `seconds` is wall time from the run's start to the written table; `tokens_per_second` is `completion_tokens` by it.
     A row answered with another's generation (`duplicates`) has that generation's usage, as it would have alone.
+    `skipped` are rows that were there already; `table_rows` and `table_failed` count the whole table.
     """
 
     run_id: str
@@ -34,10 +39,13 @@ class BatchSummary:
     rows: int
     succeeded: int
     failed_by_code: dict[str, int]
-    duplicates: int
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    duplicates: int = 0
+    skipped: int = 0
+    table_rows: int = 0
+    table_failed: int = 0
 
     @property
     def failed(self) -> int:
@@ -45,7 +53,8 @@ class BatchSummary:
 
     @property
     def error_rate(self) -> float:
-        return self.failed / self.rows if self.rows else 0.0
+        """Of the whole table: what a run that died has left counts as well."""
+        return self.table_failed / self.table_rows if self.table_rows else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,32 +67,69 @@ class BatchSummary:
     def as_metrics(self) -> dict[str, float]:
         """The run's MLflow metrics."""
         names = [name for name, kind in USAGE_COLUMNS.items() if kind in {"bigint", "double"}]
-        totals = {name: getattr(self, name) for name in (*names, "duplicates")}
+        more = ("duplicates", "skipped", "table_rows", "table_failed")
+        totals = {name: getattr(self, name) for name in (*names, *more)}
         return {**totals, **{f"failed_{code}": count for code, count in self.failed_by_code.items()}}
 
 
 def summarise(
-    responses: DataFrame, model: ResolvedModel, run_id: str, started: datetime, seconds: float, counts: PlanCounts
-) -> BatchSummary:
-    """Add up a written response table, in one pass."""
-    tokens = [f"{kind}_tokens" for kind in ("prompt", "completion", "cached")]
+    responses: DataFrame, runs: Sequence[RunRecord], seconds: float, counts: PlanCounts
+) -> list[BatchSummary]:
+    """Add up a written response table by run, in one pass.
+
+    Args:
+        responses: the table.
+        runs: those to account for, the present one last. One that died before lasted until its last row.
+        seconds: of the present one.
+        counts: of its plan.
+    """
     groups = (
-        responses.groupBy(F.col("error.code").alias("code"))
-        .agg(F.count("*").alias("rows"), *(F.sum(f"usage.{name}").alias(name) for name in tokens))
+        responses.groupBy("run_id", F.col("error.code").alias("code"))
+        .agg(
+            F.count("*").alias("rows"),
+            F.max("created").cast("double").alias("last"),
+            *(F.sum(f"usage.{name}").alias(name) for name in TOKENS),
+        )
         .collect()
     )
-    by_code = {group["code"]: group["rows"] for group in groups}
-    return BatchSummary(
-        run_id=run_id,
-        model=model.uri,
-        started=started,
-        seconds=seconds,
-        rows=sum(by_code.values()),
-        succeeded=by_code.pop(None, 0),
-        failed_by_code=by_code,
+    summaries = []
+    for run in runs:
+        own = [group for group in groups if group["run_id"] == run.run_id]
+        by_code = {group["code"]: group["rows"] for group in own}
+        started = datetime.fromisoformat(run.started)
+        present = run is runs[-1]
+        last = max((group["last"] for group in own), default=started.timestamp())
+        summary = BatchSummary(
+            run_id=run.run_id,
+            model=run.model,
+            started=started,
+            seconds=seconds if present else max(0.0, last - started.timestamp()),
+            rows=sum(by_code.values()),
+            succeeded=by_code.pop(None, 0),
+            failed_by_code=by_code,
+            **{name: sum(group[name] or 0 for group in own) for name in TOKENS},
+        )
+        summaries.append(summary)
+    table_rows = sum(group["rows"] for group in groups)
+    table_failed = sum(group["rows"] for group in groups if group["code"] is not None)
+    summaries[-1] = replace(
+        summaries[-1],
         duplicates=counts.duplicates,
-        **{name: sum(group[name] or 0 for group in groups) for name in tokens},
+        skipped=counts.skipped,
+        table_rows=table_rows,
+        table_failed=table_failed,
     )
+    return summaries
+
+
+def close_runs(runs: Sequence[RunRecord]) -> None:
+    """Have MLflow show runs that died, without a word to it, as killed."""
+    client = mlflow.MlflowClient()
+    for run in runs:
+        # It may have been tracked elsewhere, or be deleted: this run is done all the same.
+        with suppress(MlflowException):
+            if client.get_run(run.run_id).info.status == "RUNNING":
+                client.set_terminated(run.run_id, "KILLED")
 
 
 @contextmanager
@@ -95,8 +141,6 @@ def track_run(config: JobConfig, model: ResolvedModel, prompts: DataFrame) -> It
     with mlflow.start_run(run_name=config.job.name) as run:
         resolved = config.model_dump(mode="json")
         resolved["model"]["uri"] = model.uri
-        # A reader's options may hold passwords.
-        resolved["input"]["options"] = dict.fromkeys(resolved["input"]["options"], "***")
         mlflow.log_dict(resolved, "config.yaml")
         mlflow.log_params(_flatten(resolved))
         mlflow.set_tags(

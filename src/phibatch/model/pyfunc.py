@@ -54,7 +54,8 @@ class Predictor:
             model_input: columns `messages`, `prompt` (verbatim, control tokens and all) and `request` (the job's
                 compact form, `contract.Request.from_json`), of which each row gives one; and the generation
                 parameters, for the rows that bring their own.
-            params: generation parameters of the rows without their own, and `engine`, `batch_size` and `memory`.
+            params: generation parameters of the rows without their own, and the engine's
+                options: `engine`, `batch_size`, `memory`, `row_timeout`, `worker_timeout`.
 
         Returns:
             One dict per row: `id, object, created, model, choices, usage, error, generation_seconds`, never null.
@@ -69,9 +70,16 @@ class Predictor:
             raise InputError("there is nothing to answer: the input has neither messages nor a prompt")
         engine = EngineName(params["engine"])
         check_engine(self._format, engine)
-        # A model that was logged before there was a bound on memory has no such parameter.
-        memory = int(params.get("memory", 0))
-        options = EngineOptions(engine, int(params["batch_size"]), _threads(), memory, self._format)
+        # A model that was logged by an earlier version has not all of the parameters.
+        options = EngineOptions(
+            engine,
+            int(params["batch_size"]),
+            _threads(),
+            int(params.get("memory", 0)),
+            self._format,
+            float(params.get("row_timeout", 0)),
+            float(params.get("worker_timeout", 0)),
+        )
         outcomes: dict[int, Completion] = {}
         requests: dict[int, Request] = {}
         for place, row in enumerate(model_input.to_dict("records")):
@@ -143,7 +151,7 @@ def _threads() -> int:
 def _as_openai(completion: Completion, model: str) -> dict[str, Any]:
     choice = {
         "index": 0,
-        "finish_reason": str(completion.finish_reason),
+        "finish_reason": completion.finish_reason and str(completion.finish_reason),
         "message": {"role": "assistant", "content": completion.text},
     }
     return {
@@ -151,7 +159,7 @@ def _as_openai(completion: Completion, model: str) -> dict[str, Any]:
         "object": "chat.completion",
         "created": math.floor(time.time()),
         "model": model,
-        "choices": [] if completion.error_code else [choice],
+        "choices": [] if completion.text is None else [choice],
         "usage": completion.usage.as_dict(),
         "error": {"code": completion.error_code and str(completion.error_code), "message": completion.error_message},
         "generation_seconds": completion.generation_seconds,

@@ -117,6 +117,8 @@ def signature(defaults: GenerationParams) -> ModelSignature:
                 ParamSpec("engine", DataType.string, EngineName.AUTO.value),
                 ParamSpec("batch_size", DataType.long, 16),
                 ParamSpec("memory", DataType.long, 0),
+                ParamSpec("row_timeout", DataType.double, 0.0),
+                ParamSpec("worker_timeout", DataType.double, 0.0),
                 *(_param(name, bounds, getattr(defaults, name)) for name, bounds in NUMBERS.items()),
                 ParamSpec("stop", DataType.string, list(defaults.stop), shape=(-1,)),
                 ParamSpec("response_format", DataType.string, defaults.response_format or ""),

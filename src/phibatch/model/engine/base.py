@@ -10,6 +10,7 @@ from typing import Protocol
 from phibatch.contract import ENGINES, Completion, EngineName, ModelFormat, Request
 from phibatch.errors import EngineError, ModelError
 from phibatch.model.checkpoint import check_extra
+from phibatch.model.engine.watchdog import watch
 
 
 class Engine(Protocol):
@@ -34,6 +35,8 @@ class EngineOptions:
         threads: compute threads of the engine.
         memory: bytes that weights, keys and values may take; 0 is a share of what there is.
         model_format: what the model's files are.
+        row_timeout: seconds that a row may take from its admission; 0 is no limit.
+        worker_timeout: seconds without a step after which the process is taken to hang, and ends; 0 is never.
     """
 
     engine: EngineName
@@ -41,6 +44,8 @@ class EngineOptions:
     threads: int
     memory: int = 0
     model_format: ModelFormat = ModelFormat.ONNX
+    row_timeout: float = 0.0
+    worker_timeout: float = 0.0
 
 
 def check_engine(model_format: ModelFormat, name: EngineName) -> None:
@@ -61,7 +66,7 @@ _one_at_a_time = threading.Lock()
 
 def generate(model_dir: Path, digest: str, options: EngineOptions, requests: Sequence[Request]) -> list[Completion]:
     """Generate with the process's engine, one caller at a time: a scoring server calls from many threads."""
-    with _one_at_a_time:
+    with _one_at_a_time, watch(options.worker_timeout):
         return load_engine(model_dir, digest, options).generate(requests)
 
 

@@ -27,6 +27,7 @@ class GenaiEngine:
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         self._folder = ModelFolder.open(model_dir)
         self._batch_size = options.batch_size
+        self._row_timeout = options.row_timeout
         session = {"intra_op_num_threads": options.threads}
         config = og.Config(str(model_dir))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
@@ -38,7 +39,10 @@ class GenaiEngine:
         return generate_rows(requests, self._build_row, self._run)
 
     def _build_row(self, request: Request) -> Row:
-        return Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids, self._grammars)
+        folder = self._folder
+        return Row(
+            request, self._tokenizer, folder.context_length, folder.eos_token_ids, self._grammars, self._row_timeout
+        )
 
     def _run(self, rows: list[Row]) -> None:
         for batch in plan_batches(rows, self._batch_size, self._folder.context_length):
@@ -69,7 +73,7 @@ class GenaiEngine:
         while True:
             logits = generator.get_logits()[:, -1, :]
             choices = choose_tokens(rows, logits)
-            if all(row.finish_reason is not None for row in rows):
+            if all(row.done for row in rows):
                 return
             forced = np.full_like(logits, np.finfo(np.float32).min)
             forced[np.arange(len(prompts)), choices] = 0

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from phibatch.contract import Completion, ErrorCode, FinishReason, Request, Usage
 from phibatch.errors import EngineError, RowError
 from phibatch.model.chat import ChatTokenizer
+from phibatch.model.engine import watchdog
 from phibatch.model.engine.sampling import Logits, Sampler
 from phibatch.model.grammar import Grammars
 
@@ -22,11 +23,13 @@ class Row:
         context_length: prompt and completion together, in tokens.
         eos_token_ids: the tokens that end a turn.
         grammars: of the model's vocabulary.
+        timeout: seconds from admission after which the row is cut off; 0 is never.
 
     Attributes:
         prompt: its ids.
         limit: the most tokens to generate: `max_tokens`, or what the context leaves.
-        finish_reason: None until the row is done.
+        finish_reason: why the row is done; None until then, and where it was cut off.
+        done: whether it is.
         cached_tokens: tokens of the prompt that the engine did not have to compute.
         length: tokens that the engine holds keys and values of.
 
@@ -41,6 +44,7 @@ class Row:
         context_length: int,
         eos_token_ids: frozenset[int],
         grammars: Grammars,
+        timeout: float = 0.0,
     ) -> None:
         if request.prompt is not None:
             self.prompt = tokenizer.encode_prompt(request.prompt)
@@ -55,12 +59,14 @@ class Row:
             )
         self.limit = min(request.params.max_tokens, context_length - len(self.prompt))
         self.finish_reason: FinishReason | None = None
+        self.done = False
         self.cached_tokens = 0
         self.length = 0
         wanted = request.params.response_format
         self._constraint = grammars.constrain(wanted) if wanted else None
         self._stop = request.params.stop
         self._sampler = Sampler(request.params, self.prompt)
+        self._timeout = timeout
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._ids: list[int] = []
@@ -93,6 +99,8 @@ class Row:
                 return token
         if len(self._ids) == self.limit:
             self._finish(FinishReason.LENGTH)
+        elif self._timeout and time.perf_counter() - self._admitted > self._timeout:
+            self._finish(None)
         return token
 
     @property
@@ -104,6 +112,9 @@ class Row:
         """The answer of a finished row."""
         text = self._tokenizer.decode(self._ids) if self._text is None else self._text
         usage = Usage(len(self.prompt), len(self._ids), self.cached_tokens)
+        if self.finish_reason is None:
+            message = f"the row was not done after {self._timeout:g} s; its text so far is kept"
+            return Completion(text, None, usage, self._ended - self._admitted, ErrorCode.TIMEOUT, message)
         if self._constraint and (not self._constraint.complete or self._text is not None):
             cut = "max_tokens" if self._text is None else "a stop string"
             return Completion.failed(
@@ -111,8 +122,9 @@ class Row:
             )
         return Completion(text, self.finish_reason, usage, self._ended - self._admitted)
 
-    def _finish(self, reason: FinishReason) -> None:
+    def _finish(self, reason: FinishReason | None) -> None:
         self.finish_reason = reason
+        self.done = True
         self._ended = time.perf_counter()
 
 
@@ -151,10 +163,11 @@ def choose_tokens(rows: Sequence[Row], logits: Logits) -> NDArray[np.int64]:
     Raises:
         EngineError: the logits are not numbers.
     """
+    watchdog.step()
     if not np.isfinite(logits).all():
         raise EngineError("the model's logits are not finite: the weights or the CPU kernels are broken")
     choices = np.zeros(len(logits), dtype=np.int64)
     for place, row in enumerate(rows):
-        if row.finish_reason is None:
+        if not row.done:
             choices[place] = row.step(logits[place])
     return choices

@@ -44,6 +44,7 @@ class SlotsEngine:
         self._tokenizer = open_tokenizer(model_dir)
         self._grammars = Grammars(model_dir / TOKENIZER, self._folder.eos_token_ids)
         self._max_slots = max(2, options.batch_size)
+        self._row_timeout = options.row_timeout
         weights = sum(file.stat().st_size for file in model_dir.iterdir() if file.is_file())
         budget = options.memory or default_memory(options.threads)
         memory = budget - weights
@@ -64,7 +65,10 @@ class SlotsEngine:
         return generate_rows(requests, self._build_row, self._run)
 
     def _build_row(self, request: Request) -> Row:
-        row = Row(request, self._tokenizer, self._folder.context_length, self._folder.eos_token_ids, self._grammars)
+        folder = self._folder
+        row = Row(
+            request, self._tokenizer, folder.context_length, folder.eos_token_ids, self._grammars, self._row_timeout
+        )
         need = len(row.prompt) + row.limit
         if 2 * need > self._tokens:
             raise RowError(
@@ -90,7 +94,7 @@ class SlotsEngine:
         self._fill(slots, active, pending)
         while active:
             self._step(slots, [row for row in active if row is not None])
-            active = [None if row is None or row.finish_reason else row for row in active]
+            active = [None if row is None or row.done else row for row in active]
             self._fill(slots, active, pending)
 
     def _fill(self, slots: KVSlots, active: list[Row | None], pending: deque[Pending]) -> None:
@@ -102,7 +106,7 @@ class SlotsEngine:
             while pending and active[slot] is None:
                 row, prompt, shared = pending.popleft()
                 self._admit(slots, slot, row, prompt, shared)
-                active[slot] = row if row.finish_reason is None else None
+                active[slot] = None if row.done else row
             if active[slot] is not None:
                 slot += 1
                 continue

@@ -45,6 +45,7 @@ class TransformersEngine:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self._batch_size = options.batch_size
+        self._row_timeout = options.row_timeout
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, use_safetensors=True, output_loading_info=True, **LOCAL
         )
@@ -74,7 +75,9 @@ class TransformersEngine:
         return generate_rows(requests, self._build_row, self._run)
 
     def _build_row(self, request: Request) -> Row:
-        return Row(request, self._tokenizer, self._context_length, self._eos_token_ids, self._grammars)
+        return Row(
+            request, self._tokenizer, self._context_length, self._eos_token_ids, self._grammars, self._row_timeout
+        )
 
     def _run(self, rows: list[Row]) -> None:
         for batch in plan_batches(rows, self._batch_size, self._context_length):
@@ -130,4 +133,4 @@ class _RowsStop(StoppingCriteria):
         self._rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 - as above
-        return torch.tensor([row.finish_reason is not None for row in self._rows])
+        return torch.tensor([row.done for row in self._rows])

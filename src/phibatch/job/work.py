@@ -1,0 +1,224 @@
+"""The work folder beside an output: the plan, finished chunks, and who is at work."""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import DataFrame, SparkSession
+
+from phibatch.config import OutputConfig
+from phibatch.errors import OutputError, RunError
+from phibatch.job.session import first_line
+
+BEAT_SECONDS = 5.0
+"""How often a run shows that it is alive."""
+
+SILENCE = 3
+"""So many beats without a sign, and a run counts as dead."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run that wrote, or may have written, responses: ISO time of its start."""
+
+    run_id: str
+    model: str
+    started: str
+
+
+@dataclass
+class Owner:
+    """Who is at work.
+
+    Attributes:
+        token: the owner's own word.
+        host, pid, since: its process; `since` is when it began, so that a number used again is told apart.
+        beats: how often it has shown that it is alive.
+        left: whether it has ended, without being done.
+        runs: its run, and those of owners before it, that are not accounted for.
+    """
+
+    token: str
+    host: str
+    pid: int
+    since: float
+    beats: int = 0
+    left: bool = False
+    runs: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended, as far as can be told at once: by its word, or as a process of this machine."""
+        if self.left:
+            return True
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.since) > 1
+        except psutil.NoSuchProcess:
+            return True
+
+
+class WorkFolder:
+    """The folder `<output>_work`, on whatever file system Spark writes to.
+
+    A finished chunk is a folder of Parquet with a mark of its own beside its data: creating a file is the one step
+    that every store does at once. Nothing is ever renamed.
+    """
+
+    def __init__(self, spark: SparkSession, config: OutputConfig) -> None:
+        warehouse = spark.conf.get("spark.sql.warehouse.dir")
+        place = config.work_path or f"{config.place if config.path else f'{warehouse}/{config.place}'}_work"
+        self.place = place.rstrip("/")
+        self._spark = spark
+        self._java: Any = spark._jvm  # noqa: SLF001 - Hadoop's file systems have no other door in PySpark
+        self._owner = self._path("owner.json")
+        try:
+            configuration = spark._jsc.hadoopConfiguration()  # noqa: SLF001 - as above
+            self._files: Any = self._owner.getFileSystem(configuration)
+        except Py4JJavaError as error:
+            raise OutputError(f"the output {config.place} can not be reached: {first_line(error)}") from error
+        self._me = Owner(uuid.uuid4().hex, socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        self._lost = False
+
+    @contextmanager
+    def claimed(self) -> Iterator[list[RunRecord]]:
+        """Be the one run on this output; gives the runs before that did not come to account for themselves.
+
+        When the block ends as it should, everything is in the output, and the folder is removed.
+
+        Raises:
+            OutputError: another run is at work, or the folder can not be written.
+        """
+        try:
+            self._claim()
+        except Py4JJavaError as error:
+            raise OutputError(f"the output can not be written: {self.place}: {first_line(error)}") from error
+        done = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(done,), daemon=True)
+        beating.start()
+        try:
+            yield [RunRecord(**run) for run in self._me.runs]
+            self._stop_beating(done, beating)
+            self.check()
+            self._files.delete(self._path("."), True)
+        except BaseException:
+            self._stop_beating(done, beating)
+            if not self._lost:
+                self._leave()
+            raise
+
+    def record(self, run: RunRecord) -> None:
+        """Note the run that now writes, so that it is accounted for even if it dies."""
+        self._me.runs.append(asdict(run))
+        self._write_owner()
+
+    def check(self) -> None:
+        """Raise RunError when another run has taken this one for dead and taken over."""
+        if self._lost:
+            raise RunError(f"another run has taken over {self.place}: this one was silent for too long")
+
+    def write(self, frame: DataFrame, name: str) -> None:
+        """Write a frame as `name`; it counts as there only when it is whole."""
+        frame.write.mode("overwrite").parquet(f"{self.place}/{name}")
+        self._files.create(self._path(f"{name}/_WHOLE"), True).close()
+
+    def read(self, *names: str, schema: Any = None) -> DataFrame:
+        """Read what was written as `names`."""
+        reader = self._spark.read.schema(schema) if schema is not None else self._spark.read
+        return reader.parquet(*(f"{self.place}/{name}" for name in names))
+
+    def list_whole(self, parent: str) -> list[str]:
+        """The names below `parent` that are whole."""
+        if not self._files.exists(self._path(parent)):
+            return []
+        names = [f"{parent}/{each.getPath().getName()}" for each in self._files.listStatus(self._path(parent))]
+        return sorted(name for name in names if self._files.exists(self._path(f"{name}/_WHOLE")))
+
+    def remove(self, *names: str) -> None:
+        """Remove what was written as `names`, whole or not."""
+        for name in names:
+            # The mark first: what is half removed does not count.
+            self._files.delete(self._path(f"{name}/_WHOLE"), False)
+            self._files.delete(self._path(name), True)
+
+    def remove_files(self, uris: list[str]) -> None:
+        """Remove data files of the output by their URIs."""
+        for uri in uris:
+            self._files.delete(self._java.org.apache.hadoop.fs.Path(self._java.java.net.URI(uri)), False)
+
+    def _path(self, name: str) -> Any:
+        return self._java.org.apache.hadoop.fs.Path(self.place if name == "." else f"{self.place}/{name}")
+
+    def _claim(self) -> None:
+        try:
+            self._write_owner(overwrite=False)
+        except Py4JJavaError as error:
+            if not self._files.exists(self._owner):
+                raise
+            other = self._read_owner()
+            if other is not None and not other.is_gone:
+                self._wait_for_silence(other)
+            self._me.runs = other.runs if other else []
+            self._write_owner()
+            time.sleep(0.1 if other is not None and other.is_gone else BEAT_SECONDS)
+            current = self._read_owner()
+            if current is None or current.token != self._me.token:
+                raise OutputError(f"another run is at work on this output ({self.place})") from error
+
+    def _wait_for_silence(self, other: Owner) -> None:
+        until = time.monotonic() + SILENCE * BEAT_SECONDS
+        while time.monotonic() < until:
+            time.sleep(BEAT_SECONDS / 2)
+            current = self._read_owner()
+            if current is not None and (current.token, current.beats) != (other.token, other.beats):
+                raise OutputError(
+                    f"another run is at work on this output ({self.place}), on {current.host} as process {current.pid}"
+                )
+
+    def _beat(self, done: threading.Event) -> None:
+        while not done.wait(BEAT_SECONDS):
+            current = self._read_owner()
+            if current is not None and current.token != self._me.token:
+                self._lost = True
+                return
+            self._me.beats += 1
+            # A store that does not answer now may do so at the next beat.
+            with suppress(Py4JJavaError):
+                self._write_owner()
+
+    def _stop_beating(self, done: threading.Event, beating: threading.Thread) -> None:
+        done.set()
+        beating.join()
+
+    def _leave(self) -> None:
+        """Let the next run in, with what it is to know of this one."""
+        if self._me.runs or self.list_whole("chunks"):
+            self._me.left = True
+            self._write_owner()
+        else:
+            self._files.delete(self._path("."), True)
+
+    def _write_owner(self, *, overwrite: bool = True) -> None:
+        stream = self._files.create(self._owner, overwrite)
+        stream.write(bytearray(json.dumps(asdict(self._me)).encode()))
+        stream.close()
+
+    def _read_owner(self) -> Owner | None:
+        """The owner as written; None where there is none, or half of one."""
+        try:
+            stream = self._files.open(self._owner)
+            text = bytes(stream.readAllBytes()).decode()
+            stream.close()
+            return Owner(**json.loads(text))
+        except (Py4JJavaError, ValueError, TypeError):
+            return None
