@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -136,7 +137,8 @@ class Job:
 
     def kill(self) -> None:
         """Kill the driver, Python and JVM alike, as a machine that goes away would."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may just have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def wait(self, seconds: float = 300) -> "subprocess.CompletedProcess[str]":
