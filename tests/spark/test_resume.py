@@ -1,7 +1,6 @@
 """Whatever happens to a run, every input row ends with one response row, and nothing is paid for twice."""
 
 import json
-import time
 from pathlib import Path
 
 import mlflow
@@ -113,7 +112,7 @@ def test_finished_chunks_of_a_run_that_died_are_used(run, spark, monkeypatch, tm
     with monkeypatch.context() as patched:
         patched.setattr(answer.Answers, "_commit", die)
         with pytest.raises(RunError):
-            run(THREE)
+            run(THREE, job={"chunk_rows": 3})
     summary, table, asked = run(THREE)
     # Asked by the run that died; not asked again.
     assert asked == ["one", "three", "two"]
@@ -213,8 +212,39 @@ def test_a_run_that_lost_its_output_stops(spark, job, monkeypatch, tmp_path):
         # Hadoop's checksum is of what it wrote itself.
         Path(tmp_path, "output_work", ".owner.json.crc").unlink()
         Path(tmp_path, "output_work", "owner.json").write_text(json.dumps(owner))
-        time.sleep(0.5)
+        folder.check()
     assert json.loads(Path(tmp_path, "output_work", "owner.json").read_text())["host"] == "elsewhere"
+
+
+def test_what_is_beside_the_work_folder_stays(run, tmp_path):
+    """`output.work_path` is where the folder is made, not the folder itself: its other content is not touched."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "precious").write_text("x")
+    run(THREE, output={"work_path": str(scratch)})
+    assert [each.name for each in scratch.iterdir()] == ["precious"]
+
+
+def test_poisoned_rows_alone_are_tried_again_in_peace(run):
+    """When all that is left are rows that crash, the runs that do them again end as the first one did."""
+    poisoned = {f"p{n}": f"-crash- {n}" for n in range(4)}
+    run({**THREE, **poisoned})
+    summary, table, _ = run({**THREE, **poisoned})
+    assert (summary.failed_by_code, summary.skipped) == ({"worker_crashed": 4}, 3)
+    assert len(table) == 7
+
+
+def test_orphans_that_a_death_left_twice_are_mended(run, spark, monkeypatch, job):
+    """As rows of the input are."""
+    run(THREE)
+    with monkeypatch.context() as patched:
+        patched.setattr(work.WorkFolder, "remove_files", lambda *_: (_ for _ in ()).throw(RunError("killed")))
+        with pytest.raises(RunError):
+            run({"a": "eins"})
+    assert read_responses(spark, job("x").output).count() > 4
+    _, table, _ = run({"a": "eins"})
+    assert answers(table) == {**THREE, "a": "eins"}
+    assert len(table) == 3
 
 
 def test_poisoned_rows_are_recorded_and_the_others_answered(run):

@@ -13,7 +13,7 @@ from phibatch.contract import ErrorCode
 from phibatch.job.chunks import Chunk, Chunks, Sizes
 from phibatch.job.generate import build_predict, generate, refuse
 from phibatch.job.output import ResponseTable
-from phibatch.job.plan import group, lay_out, mark, match, number_responses
+from phibatch.job.plan import DUPLICATE, group, lay_out, mark, match, number_responses
 from phibatch.job.session import count_slots, explain_failure
 from phibatch.job.stage import StagedPlan
 from phibatch.job.work import WorkFolder
@@ -27,14 +27,18 @@ CRASHED = "the process died each time that this row was generated: by a native f
 def recover(work: WorkFolder, table: ResponseTable, mode: str) -> None:
     """Put into the table what a run that died had finished, and had not put there yet; unless all begins anew."""
     names = work.list_whole(CHUNKS)
-    if mode == "overwrite" or not names:
-        work.remove(CHUNKS)
+    if mode == "overwrite":
+        work.remove(*names)
+        return
+    if not names:
         return
     finished = work.read(*names, schema=table.schema)
     there = table.read()
     if there is not None:
         known = ["custom_id", "request_key", "run_id"]
-        finished = finished.join(there.select(*known), known, "left_anti")
+        # A copy that was rejected is another row.
+        own = there.where(~F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False)))
+        finished = finished.join(own.select(*known), known, "left_anti")
     table.append(finished.coalesce(1))
     work.remove(*names)
 
@@ -128,7 +132,8 @@ class Answers:
             advance(sum(chunk.size for chunk in chunks))
 
         try:
-            Chunks(rows, sizes, answer, self._give_up).run(lambda: count_slots(self._spark), commit)
+            skipped = self._plan.counts.skipped
+            Chunks(rows, sizes, answer, self._give_up, answered=skipped).run(lambda: count_slots(self._spark), commit)
         finally:
             self._spark.sparkContext.cancelJobGroup(self._jobs)
 

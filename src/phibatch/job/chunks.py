@@ -27,6 +27,8 @@ PIECES = 8
 MAX_SLOTS = 1024
 """More tasks at once than one driver can follow are not started."""
 
+RECOUNT_SECONDS = 5.0
+
 HOPELESS = 3
 """After so many rows at which a process died, and not one that was answered, no other is tried."""
 
@@ -87,17 +89,24 @@ class Chunks:
         sizes: of the chunks.
         generate: makes a chunk durable; called from a thread. Raises WorkerCrash when its process died.
         give_up: makes the one row of a chunk durable as crashed.
+        answered: rows that runs before have answered: not every row is hopeless, then.
     """
 
     def __init__(
-        self, rows: int, sizes: Sizes, generate: Callable[[Chunk], None], give_up: Callable[[Chunk], None]
+        self,
+        rows: int,
+        sizes: Sizes,
+        generate: Callable[[Chunk], None],
+        give_up: Callable[[Chunk], None],
+        *,
+        answered: int = 0,
     ) -> None:
         self._rest = Chunk(0, rows)
         self._sizes = sizes
         self._generate = generate
         self._give_up = give_up
         self._crashed: deque[Chunk] = deque()
-        self._answered = self._hopeless = 0
+        self._answered, self._hopeless = answered, 0
 
     def run(self, count_slots: Callable[[], int], commit: Callable[[list[Chunk]], None]) -> None:
         """Have all rows generated.
@@ -119,7 +128,8 @@ class Chunks:
                     running[pool.submit(self._generate, chunk)] = (chunk, time.monotonic())
                 if not running:
                     return
-                ended = [(future, *running.pop(future)) for future in wait(running, None, FIRST_COMPLETED).done]
+                # Now and then there are more slots, though no chunk has ended.
+                ended = [(each, *running.pop(each)) for each in wait(running, RECOUNT_SECONDS, FIRST_COMPLETED).done]
                 finished, failures = [], []
                 for future, chunk, began in ended:
                     error = future.exception()

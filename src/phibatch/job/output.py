@@ -16,7 +16,7 @@ FILE_FORMATS = {"parquet", "orc", "json", "avro"}
 """Formats whose tables are nothing but their files. The others are taken to be written in transactions."""
 
 KEPT = "kept"
-"""Rows of files that are going to be removed, in the work folder."""
+"""Rows that stay, of files that are going to be removed, in the work folder."""
 
 
 def check_output(spark: SparkSession, config: OutputConfig, prompts: DataFrame) -> bool:
@@ -110,7 +110,10 @@ class ResponseTable:
         """
         gone = [row["_file"] for row in marked.where(~F.col("keep")).select("_file").distinct().collect()]
         kept = marked.where(F.col("keep"))
-        work.write((kept.where(F.col("_file").isin(gone)) if self._in_files else kept).select(*self.schema.names), KEPT)
+        work.write(
+            (kept.where(F.col("_file").isin(gone)) if self._in_files else kept).select(*self.schema.names),
+            work.own(KEPT),
+        )
         return gone
 
     def replace(self, work: WorkFolder, gone: list[str], run_id: str) -> None:
@@ -119,15 +122,15 @@ class ResponseTable:
         Files are added first and removed last, so that no row is ever absent; a row may be seen twice in between. A
         format of its own transactions is written anew in one of them.
         """
-        kept = work.read(KEPT, schema=self.schema)
+        kept = work.read(work.own(KEPT), schema=self.schema)
         if self._in_files:
             self.append(kept)
             work.remove_files(gone)
         else:
             written = read_responses(self._spark, self._config, self.schema).where(F.col("run_id") == run_id)
-            work.write(written.select(*self.schema.names).unionByName(kept), "final")
+            work.write(written.select(*self.schema.names).unionByName(kept), work.own("final"))
             self._mode = "overwrite"
-            self.append(work.read("final", schema=self.schema))
+            self.append(work.read(work.own("final"), schema=self.schema))
         if self._config.table:
             self._spark.catalog.refreshTable(self._config.table)
 

@@ -36,7 +36,7 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
     reporter = reporter or Reporter(Console(quiet=True))
     prompts = read_prompts(spark, config.input)
     columns = check_columns(prompts, config.input, config.output.keep_columns)
-    exists = check_output(spark, config.output, prompts)
+    check_output(spark, config.output, prompts)
     model = resolve_model(config.model.uri)
     config = config.with_defaults(model.defaults)
     model.check_engine(config.model.engine)
@@ -49,7 +49,8 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
     with work.claimed() as earlier_runs:
         started, clock = datetime.now(UTC), time.perf_counter()
         schema = response_schema(prompts, config.output.keep_columns)
-        table = ResponseTable(spark, config.output, schema, exists=exists)
+        # Looked at again: another run may have ended since.
+        table = ResponseTable(spark, config.output, schema, exists=check_output(spark, config.output, prompts))
         recover(work, table, config.output.mode)
         plan, replaced = stage(config, work, table, rows, prompts)
         with track_run(config, model, prompts) as run_id:
@@ -57,9 +58,11 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
             work.record(run)
             reporter.say_plan(plan.counts, count_slots(spark))
             answers = Answers(spark, work, table, plan, model, run_id)
+            work.check()
             answers.reject()
             with reporter.watch(plan.counts.to_generate) as advance:
                 answers.generate(config, advance)
+            work.check()
             if replaced:
                 table.replace(work, replaced, run_id)
             seconds = time.perf_counter() - clock

@@ -46,10 +46,10 @@ def identify(requests: DataFrame, digest: str) -> DataFrame:
 
 
 def number_responses(responses: DataFrame) -> DataFrame:
-    """A response table with the `copy` that each of its rows stands for: answers first, then what is newest."""
-    copies = Window.partitionBy("custom_id", "request_key").orderBy(
-        F.col("error.code").isNotNull(), F.col("error.code").isin(*RETRYABLE), F.col("created").desc()
-    )
+    """A response table with the `copy` that each of its rows stands for: answers first, rejected copies last."""
+    code, duplicate = F.col("error.code"), F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False))
+    order = (code.isNotNull(), duplicate, code.isin(*RETRYABLE), F.col("created").desc())
+    copies = Window.partitionBy("custom_id", "request_key").orderBy(*order)
     return responses.withColumn("copy", F.row_number().over(copies))
 
 
@@ -87,7 +87,10 @@ def mark(numbered: DataFrame, rows: DataFrame, retry: str, orphans: str) -> Data
     if orphans == "keep":
         there = rows.select("custom_id", F.lit(True).alias("_there")).distinct()
         marked = marked.join(there, "custom_id", "left")
-        marked = marked.withColumn("keep", F.col("keep") | F.col("_there").isNull()).drop("_there")
+        # A death may have left an orphan twice, word for word.
+        alike = Window.partitionBy(*ROW[:2], "run_id", "code", "message").orderBy("created")
+        first = F.row_number().over(alike) == 1
+        marked = marked.withColumn("keep", F.col("keep") | (F.col("_there").isNull() & first)).drop("_there")
     return marked
 
 

@@ -14,7 +14,6 @@ from phibatch.job.chunks import Chunk
 from phibatch.job.session import first_line
 from phibatch.job.work import WorkFolder
 
-PLAN = "plan"
 FULL = "No space left on device"
 PARTITION_BITS = 33
 """Below them `monotonically_increasing_id` counts a partition's rows, above them partitions."""
@@ -49,10 +48,11 @@ class StagedPlan:
 
     def __init__(self, work: WorkFolder, plan: DataFrame, prompts: DataFrame) -> None:
         self._work = work
+        self._name = work.own("plan")
         self._schema = plan.schema
         try:
             rows = prompts.count()
-            work.write(plan, PLAN)
+            work.write(plan, self._name)
         except (PySparkException, Py4JJavaError) as error:
             if FULL in str(error):
                 raise RunError(f"the plan can not be written to {work.place}: {FULL}") from error
@@ -94,4 +94,4 @@ class StagedPlan:
         return int((self._parts[at] << PARTITION_BITS) + dense - self._starts[at])
 
     def _read(self) -> DataFrame:
-        return self._work.read(PLAN, schema=self._schema)
+        return self._work.read(self._name, schema=self._schema)

@@ -1,5 +1,6 @@
 """The work folder beside an output: the plan, finished chunks, and who is at work."""
 
+import hashlib
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,6 +26,9 @@ BEAT_SECONDS = 5.0
 
 SILENCE = 3
 """So many beats without a sign, and a run counts as dead."""
+
+TAKE_OVER_SECONDS = 1.0
+READS = 5
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Owner:
         """Whether it has ended, as far as can be told at once: by its word, or as a process of this machine."""
         if self.left:
             return True
-        if self.host != socket.gethostname():
+        if self.host != identify_machine():
             return False
         try:
             return abs(psutil.Process(self.pid).create_time() - self.since) > 1
@@ -68,17 +73,31 @@ class Owner:
             return True
 
 
+def identify_machine() -> str:
+    """The machine since its start, and the space of process numbers on it: containers may share the name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    space = Path("/proc/self/ns/pid")
+    own = [boot.read_text().strip() if boot.exists() else "", str(space.stat().st_ino) if space.exists() else ""]
+    return " ".join([socket.gethostname(), *own])
+
+
 class WorkFolder:
     """The folder `<output>_work`, on whatever file system Spark writes to.
 
-    A finished chunk is a folder of Parquet with a mark of its own beside its data: creating a file is the one step
-    that every store does at once. Nothing is ever renamed.
+    A finished chunk is a folder of Parquet with a mark of its own beside its data: a file is there or not. Nothing is
+    ever renamed. Of two runs that start in the same second on a store which can not create a file exclusively, both
+    may go on until the next beat of the first shows it that it is not the owner.
     """
 
     def __init__(self, spark: SparkSession, config: OutputConfig) -> None:
-        warehouse = spark.conf.get("spark.sql.warehouse.dir")
-        place = config.work_path or f"{config.place if config.path else f'{warehouse}/{config.place}'}_work"
-        self.place = place.rstrip("/")
+        parent, _, name = config.place.rpartition("/")
+        if config.work_path:
+            # A folder of its own: it is removed at the end, with all that is in it.
+            name = f"{name}-{hashlib.sha256(config.place.encode()).hexdigest()[:8]}"
+            parent = config.work_path.rstrip("/")
+        elif config.table:
+            parent = str(spark.conf.get("spark.sql.warehouse.dir"))
+        self.place = f"{parent}/{name}_work" if parent or config.place.startswith("/") else f"{name}_work"
         self._spark = spark
         self._java: Any = spark._jvm  # noqa: SLF001 - Hadoop's file systems have no other door in PySpark
         self._owner = self._path("owner.json")
@@ -87,8 +106,9 @@ class WorkFolder:
             self._files: Any = self._owner.getFileSystem(configuration)
         except Py4JJavaError as error:
             raise OutputError(f"the output {config.place} can not be reached: {first_line(error)}") from error
-        self._me = Owner(uuid.uuid4().hex, socket.gethostname(), os.getpid(), psutil.Process().create_time())
-        self._lost = False
+        self._me = Owner(uuid.uuid4().hex, identify_machine(), os.getpid(), psutil.Process().create_time())
+        self._writing = threading.Lock()
+        self._seen = time.monotonic()
 
     @contextmanager
     def claimed(self) -> Iterator[list[RunRecord]]:
@@ -113,7 +133,7 @@ class WorkFolder:
             self._files.delete(self._path("."), True)
         except BaseException:
             self._stop_beating(done, beating)
-            if not self._lost:
+            if self._is_mine():
                 self._leave()
             raise
 
@@ -124,8 +144,12 @@ class WorkFolder:
 
     def check(self) -> None:
         """Raise RunError when another run has taken this one for dead and taken over."""
-        if self._lost:
+        if not self._is_mine():
             raise RunError(f"another run has taken over {self.place}: this one was silent for too long")
+
+    def own(self, name: str) -> str:
+        """The name of something that is this run's alone."""
+        return f"{self._me.token}/{name}"
 
     def write(self, frame: DataFrame, name: str) -> None:
         """Write a frame as `name`; it counts as there only when it is whole."""
@@ -166,34 +190,40 @@ class WorkFolder:
             if not self._files.exists(self._owner):
                 raise
             other = self._read_owner()
-            if other is not None and not other.is_gone:
+            if other is None or not other.is_gone:
                 self._wait_for_silence(other)
             self._me.runs = other.runs if other else []
             self._write_owner()
-            time.sleep(0.1 if other is not None and other.is_gone else BEAT_SECONDS)
-            current = self._read_owner()
-            if current is None or current.token != self._me.token:
+            # Of several that take over at once the last one to write is in.
+            time.sleep(TAKE_OVER_SECONDS)
+            if not self._is_mine():
                 raise OutputError(f"another run is at work on this output ({self.place})") from error
 
-    def _wait_for_silence(self, other: Owner) -> None:
+    def _wait_for_silence(self, other: Owner | None) -> None:
         until = time.monotonic() + SILENCE * BEAT_SECONDS
         while time.monotonic() < until:
             time.sleep(BEAT_SECONDS / 2)
             current = self._read_owner()
-            if current is not None and (current.token, current.beats) != (other.token, other.beats):
+            if current is not None and (other is None or (current.token, current.beats) != (other.token, other.beats)):
                 raise OutputError(
-                    f"another run is at work on this output ({self.place}), on {current.host} as process {current.pid}"
+                    f"another run is at work on this output ({self.place}), on {current.host.split(' ')[0]} as process"
+                    f" {current.pid}"
                 )
+
+    def _is_mine(self) -> bool:
+        """Whether this run is still the owner; one that can not be sure, after a silence, is not."""
+        current = self._read_owner()
+        if current is None:
+            return time.monotonic() - self._seen < SILENCE * BEAT_SECONDS
+        return current.token == self._me.token
 
     def _beat(self, done: threading.Event) -> None:
         while not done.wait(BEAT_SECONDS):
-            current = self._read_owner()
-            if current is not None and current.token != self._me.token:
-                self._lost = True
-                return
-            self._me.beats += 1
             # A store that does not answer now may do so at the next beat.
             with suppress(Py4JJavaError):
+                if not self._is_mine():
+                    return
+                self._me.beats += 1
                 self._write_owner()
 
     def _stop_beating(self, done: threading.Event, beating: threading.Thread) -> None:
@@ -209,16 +239,20 @@ class WorkFolder:
             self._files.delete(self._path("."), True)
 
     def _write_owner(self, *, overwrite: bool = True) -> None:
-        stream = self._files.create(self._owner, overwrite)
-        stream.write(bytearray(json.dumps(asdict(self._me)).encode()))
-        stream.close()
+        with self._writing:
+            stream = self._files.create(self._owner, overwrite)
+            stream.write(bytearray(json.dumps(asdict(self._me)).encode()))
+            stream.close()
+            self._seen = time.monotonic()
 
     def _read_owner(self) -> Owner | None:
-        """The owner as written; None where there is none, or half of one."""
-        try:
-            stream = self._files.open(self._owner)
-            text = bytes(stream.readAllBytes()).decode()
-            stream.close()
-            return Owner(**json.loads(text))
-        except (Py4JJavaError, ValueError, TypeError):
-            return None
+        """The owner as written; None where there is none. One that is being written is read again."""
+        for _ in range(READS):
+            try:
+                stream = self._files.open(self._owner)
+                text = bytes(stream.readAllBytes()).decode()
+                stream.close()
+                return Owner(**json.loads(text))
+            except (Py4JJavaError, ValueError, TypeError):
+                time.sleep(0.1)
+        return None

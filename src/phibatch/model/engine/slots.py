@@ -9,6 +9,7 @@ import numpy as np
 
 from phibatch.contract import Completion, ErrorCode, Request
 from phibatch.errors import EngineError, RowError
+from phibatch.model.engine import watchdog
 from phibatch.model.engine.base import EngineOptions
 from phibatch.model.engine.genai import open_tokenizer
 from phibatch.model.engine.graph import DecoderGraph
@@ -129,6 +130,7 @@ class SlotsEngine:
             size = left if left <= CHUNK + 1 else CHUNK
             logits = self._graph.run(slots, slot, prompt[None, done : done + size], [done])
             done += size
+            watchdog.step()
         keep = self._prefixes.room(shared)
         if keep > known:
             self._prefixes.keep(prompt[:keep], slots.read(slot, keep))
