@@ -140,7 +140,7 @@ def test_rows_already_in_the_table_are_not_put_there_twice(run, spark, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(work.WorkFolder, "remove", lambda *_: (_ for _ in ()).throw(RunError("killed")))
         with pytest.raises(RunError):
-            run(THREE)
+            run(THREE, job={"chunk_rows": 3})
     summary, table, _ = run(THREE)
     assert len(table) == 3
     assert summary.skipped == 3
