@@ -125,11 +125,10 @@ def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     assert_equal(read(tmp_path / "output"), expected)
 
 
-@pytest.mark.parametrize(
-    ("count", "poisoned"), [(300, 1), pytest.param(2000, 5, marks=pytest.mark.soak)], ids=["short", "long"]
-)
-def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path, count, poisoned):
+@pytest.mark.soak
+def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path):
     """Rows that crash the process are named, and all others answered."""
+    count, poisoned = 2000, 5
     expected, _, seconds = clean(cluster.url, count, rows(count))
     began = time.monotonic()
     path = rows(count, poisoned)
