@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ADVISORIES := https://pypi.org/pypi/urllib3/2.8.0/json
 
 # Files of tests side by side: much of their time is waiting for processes to start.
-PARALLEL := --numprocesses 2 --dist loadfile
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 export ORT_DISABLE_TELEMETRY := 1
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)

@@ -1,4 +1,4 @@
-"""A real cluster whose parts die. The long passes are marked `soak` and run by `make soak`."""
+"""A real cluster whose parts die: run by `make soak`. tests/spark/test_resume.py has the deaths within a process."""
 
 import logging
 import random
@@ -7,7 +7,7 @@ import time
 import pandas as pd
 import pytest
 
-pytestmark = pytest.mark.usefixtures("counting")
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("counting")]
 
 CHUNK_ROWS = 50
 SLOTS = 2
@@ -74,10 +74,9 @@ def clean(start_job, counting, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.soak)])
-def test_a_driver_may_be_killed_at_any_moment(cluster, start, rows, clean, calls, tmp_path, rounds):
+def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_path):
     """SIGKILL at random moments, and started again: the same table, and at most a chunk for each slot paid twice."""
-    count, master = (300, cluster.url) if rounds == 1 else (2000, "local[2]")
+    rounds, count, master = 20, 2000, "local[2]"
     rng = random.Random(count)
     path = rows(count)
     expected, asked_once, seconds = clean(master, count, path)
@@ -98,7 +97,6 @@ def test_a_driver_may_be_killed_at_any_moment(cluster, start, rows, clean, calls
         assert usage["rows"].sum() == count
 
 
-@pytest.mark.soak
 def test_executors_may_die_all_the_time(cluster, start, rows, clean, tmp_path):
     """An executor is killed every ten seconds: all rows are answered, and none is taken for poisoned."""
     path = rows(2000)
@@ -113,7 +111,6 @@ def test_executors_may_die_all_the_time(cluster, start, rows, clean, tmp_path):
     assert kills
 
 
-@pytest.mark.soak
 def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     """With its executor; another daemon that comes is used."""
     path = rows(2000)
@@ -125,7 +122,6 @@ def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     assert_equal(read(tmp_path / "output"), expected)
 
 
-@pytest.mark.soak
 def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path):
     """Rows that crash the process are named, and all others answered."""
     count, poisoned = 2000, 5
