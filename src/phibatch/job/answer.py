@@ -16,10 +16,9 @@ from phibatch.job.output import ResponseTable
 from phibatch.job.plan import DUPLICATE, group, lay_out, mark, match, number_responses
 from phibatch.job.session import count_slots, explain_failure
 from phibatch.job.stage import StagedPlan
-from phibatch.job.work import WorkFolder
+from phibatch.job.work import CHUNKS, WorkFolder
 from phibatch.model.registry import ResolvedModel
 
-CHUNKS = "chunks"
 ROWS_PER_FILE = 250_000
 CRASHED = "the process died each time that this row was generated: by a native fault, for lack of memory, or hanging"
 

@@ -16,10 +16,14 @@ from typing import Any
 import psutil
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import StructType
 
 from phibatch.config import OutputConfig
 from phibatch.errors import OutputError, RunError
 from phibatch.job.session import first_line
+
+CHUNKS = "chunks"
+"""Where finished chunks lie in the folder."""
 
 BEAT_SECONDS = 5.0
 """How often a run shows that it is alive."""
@@ -102,7 +106,7 @@ class WorkFolder:
         self._java: Any = spark._jvm  # noqa: SLF001 - Hadoop's file systems have no other door in PySpark
         self._owner = self._path("owner.json")
         try:
-            configuration = spark._jsc.hadoopConfiguration()  # noqa: SLF001 - as above
+            configuration = spark._jsc.hadoopConfiguration()  # noqa: SLF001 - what those file systems are configured with
             self._files: Any = self._owner.getFileSystem(configuration)
         except Py4JJavaError as error:
             raise OutputError(f"the output {config.place} can not be reached: {first_line(error)}") from error
@@ -156,10 +160,9 @@ class WorkFolder:
         frame.write.mode("overwrite").parquet(f"{self.place}/{name}")
         self._files.create(self._path(f"{name}/_WHOLE"), True).close()
 
-    def read(self, *names: str, schema: Any = None) -> DataFrame:
+    def read(self, *names: str, schema: StructType) -> DataFrame:
         """Read what was written as `names`."""
-        reader = self._spark.read.schema(schema) if schema is not None else self._spark.read
-        return reader.parquet(*(f"{self.place}/{name}" for name in names))
+        return self._spark.read.schema(schema).parquet(*(f"{self.place}/{name}" for name in names))
 
     def list_whole(self, parent: str) -> list[str]:
         """The names below `parent` that are whole."""
@@ -232,7 +235,7 @@ class WorkFolder:
 
     def _leave(self) -> None:
         """Let the next run in, with what it is to know of this one."""
-        if self._me.runs or self.list_whole("chunks"):
+        if self._me.runs or self.list_whole(CHUNKS):
             self._me.left = True
             self._write_owner()
         else:
