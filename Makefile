@@ -29,7 +29,7 @@ run: $(VENV)/.core java ## Log the embedded model and run the job on the sample 
 test: $(VENV)/.dev java ## Run every test
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-soak: $(VENV)/.dev java ## Kill drivers, executors and workers for some twenty minutes
+soak: $(VENV)/.dev java ## Kill drivers, executors and workers for some thirty minutes
 	@$(BIN)/python -m pytest tests/cluster -m soak
 
 test-wheel: build java ## Run every test against the built wheel, in an environment of its own

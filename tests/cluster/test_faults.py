@@ -1,4 +1,7 @@
-"""A real cluster whose parts die: run by `make soak`. tests/spark/test_resume.py has the deaths within a process."""
+"""A real cluster whose parts die: briefly on every run, and at length by `make soak`.
+
+tests/spark/test_resume.py has the deaths within a process.
+"""
 
 import logging
 import random
@@ -7,7 +10,8 @@ import time
 import pandas as pd
 import pytest
 
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("counting")]
+pytestmark = pytest.mark.usefixtures("counting")
+soak = pytest.mark.soak
 
 CHUNK_ROWS = 50
 SLOTS = 2
@@ -74,9 +78,10 @@ def clean(start_job, counting, tmp_path_factory):
     return run
 
 
-def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_path):
+@pytest.mark.parametrize(("rounds", "count"), [(1, 300), pytest.param(20, 2000, marks=soak)])
+def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_path, rounds, count):
     """SIGKILL at random moments, and started again: the same table, and at most a chunk for each slot paid twice."""
-    rounds, count, master = 20, 2000, "local[2]"
+    master = "local[2]"
     rng = random.Random(count)
     path = rows(count)
     expected, asked_once, seconds = clean(master, count, path)
@@ -97,6 +102,7 @@ def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_pat
         assert usage["rows"].sum() == count
 
 
+@soak
 def test_executors_may_die_all_the_time(cluster, start, rows, clean, tmp_path):
     """An executor is killed every ten seconds: all rows are answered, and none is taken for poisoned."""
     path = rows(2000)
@@ -111,6 +117,7 @@ def test_executors_may_die_all_the_time(cluster, start, rows, clean, tmp_path):
     assert kills
 
 
+@soak
 def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     """With its executor; another daemon that comes is used."""
     path = rows(2000)
@@ -122,9 +129,9 @@ def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     assert_equal(read(tmp_path / "output"), expected)
 
 
-def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path):
+@pytest.mark.parametrize(("count", "poisoned"), [(100, 1), pytest.param(2000, 5, marks=soak)])
+def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path, count, poisoned):
     """Rows that crash the process are named, and all others answered."""
-    count, poisoned = 2000, 5
     expected, _, seconds = clean(cluster.url, count, rows(count))
     began = time.monotonic()
     path = rows(count, poisoned)
