@@ -161,8 +161,10 @@ def test_a_death_while_rows_are_replaced_loses_none(run, spark, monkeypatch, job
     assert len(table) == 3
 
 
-def test_a_run_that_failed_is_accounted_for(run, spark, monkeypatch, job):
-    """Its rows are in the usage table under its own run, once the next run has ended."""
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_that_failed_is_accounted_for(run, spark, monkeypatch, job, tmp_path, torn):
+    """Its rows are in the usage table under its own run, once the next has ended; even if it died as it gave a sign."""
+    monkeypatch.setattr(work, "BEAT_SECONDS", 0.1)
 
     def die(*_):
         raise KeyboardInterrupt
@@ -171,6 +173,8 @@ def test_a_run_that_failed_is_accounted_for(run, spark, monkeypatch, job):
         patched.setattr("phibatch.job.pipeline.summarise", die)
         with pytest.raises(KeyboardInterrupt):
             run(THREE)
+    if torn:
+        (tmp_path / "output_work" / "owner.json").write_text("")
     dead = mlflow.search_runs(order_by=["start_time desc"]).iloc[0]["run_id"]
     summary, table, _ = run({**THREE, "d": "four"})
     usage = {row["run_id"]: row for row in read_usage(spark, job("x").output).collect()}
@@ -198,7 +202,7 @@ def test_the_output_of_a_run_that_died_elsewhere_is_taken_over(spark, job, write
     config = job(write_parquet([{"custom_id": "a", "prompt": "one"}]))
     folder = tmp_path / "output_work"
     folder.mkdir()
-    owner = {"token": "t", "host": "elsewhere", "pid": 1, "since": 0.0, "beats": 3, "runs": []}
+    owner = {"token": "t", "host": "elsewhere", "pid": 1, "since": 0.0, "beats": 3}
     (folder / "owner.json").write_text(json.dumps(owner))
     assert run_batch(spark, config).rows == 1
 
@@ -208,7 +212,7 @@ def test_a_run_that_lost_its_output_stops(spark, job, monkeypatch, tmp_path):
     monkeypatch.setattr(work, "BEAT_SECONDS", 0.1)
     folder = work.WorkFolder(spark, job("x").output)
     with pytest.raises(RunError, match="another run has taken over"), folder.claimed():  # noqa: PT012 - it is told when the block ends
-        owner = {"token": "another", "host": "elsewhere", "pid": 1, "since": 0.0, "beats": 3, "runs": []}
+        owner = {"token": "another", "host": "elsewhere", "pid": 1, "since": 0.0, "beats": 3}
         # Hadoop's checksum is of what it wrote itself.
         Path(tmp_path, "output_work", ".owner.json.crc").unlink()
         Path(tmp_path, "output_work", "owner.json").write_text(json.dumps(owner))

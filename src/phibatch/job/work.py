@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from phibatch.job.session import first_line
 
 CHUNKS = "chunks"
 """Where finished chunks lie in the folder."""
+
+RUNS = "runs"
+"""Where the runs that are not accounted for are noted."""
 
 BEAT_SECONDS = 5.0
 """How often a run shows that it is alive."""
@@ -53,7 +56,6 @@ class Owner:
         host, pid, since: its process; `since` is when it began, so that a number used again is told apart.
         beats: how often it has shown that it is alive.
         left: whether it has ended, without being done.
-        runs: its run, and those of owners before it, that are not accounted for.
     """
 
     token: str
@@ -62,7 +64,6 @@ class Owner:
     since: float
     beats: int = 0
     left: bool = False
-    runs: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def is_gone(self) -> bool:
@@ -131,7 +132,7 @@ class WorkFolder:
         beating = threading.Thread(target=self._beat, args=(done,), daemon=True)
         beating.start()
         try:
-            yield [RunRecord(**run) for run in self._me.runs]
+            yield self._read_records()
             self._stop_beating(done, beating)
             self.check()
             self._files.delete(self._path("."), True)
@@ -142,9 +143,13 @@ class WorkFolder:
             raise
 
     def record(self, run: RunRecord) -> None:
-        """Note the run that now writes, so that it is accounted for even if it dies."""
-        self._me.runs.append(asdict(run))
-        self._write_owner()
+        """Note the run that is going to write, so that it is accounted for even if it dies.
+
+        In a file of its own, written once: the owner's is torn when its process dies as it writes.
+        """
+        stream = self._files.create(self._path(f"{RUNS}/{run.run_id}"), True)
+        stream.write(bytearray(json.dumps(asdict(run)).encode()))
+        stream.close()
 
     def check(self) -> None:
         """Raise RunError when another run has taken this one for dead and taken over."""
@@ -195,7 +200,6 @@ class WorkFolder:
             other = self._read_owner()
             if other is None or not other.is_gone:
                 self._wait_for_silence(other)
-            self._me.runs = other.runs if other else []
             self._write_owner()
             # Of several that take over at once the last one to write is in.
             time.sleep(TAKE_OVER_SECONDS)
@@ -235,11 +239,24 @@ class WorkFolder:
 
     def _leave(self) -> None:
         """Let the next run in, with what it is to know of this one."""
-        if self._me.runs or self.list_whole(CHUNKS):
+        if self._read_records() or self.list_whole(CHUNKS):
             self._me.left = True
             self._write_owner()
         else:
             self._files.delete(self._path("."), True)
+
+    def _read_records(self) -> list[RunRecord]:
+        """The runs that are not accounted for, oldest first. One whose record is torn has written nothing yet."""
+        if not self._files.exists(self._path(RUNS)):
+            return []
+        records = []
+        for status in self._files.listStatus(self._path(RUNS)):
+            with suppress(Py4JJavaError, ValueError, TypeError):
+                stream = self._files.open(status.getPath())
+                text = bytes(stream.readAllBytes()).decode()
+                stream.close()
+                records.append(RunRecord(**json.loads(text)))
+        return sorted(records, key=lambda record: record.started)
 
     def _write_owner(self, *, overwrite: bool = True) -> None:
         with self._writing:
