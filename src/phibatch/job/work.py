@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from py4j.protocol import Py4JJavaError
@@ -20,10 +19,13 @@ from pyspark.sql.types import StructType
 
 from phibatch.config import OutputConfig
 from phibatch.errors import OutputError, RunError
+from phibatch.job.files import Folder, beside
 from phibatch.job.session import first_line
 
 CHUNKS = "chunks"
 """Where finished chunks lie in the folder."""
+
+OWNER = "owner.json"
 
 RUNS = "runs"
 """Where the runs that are not accounted for are noted."""
@@ -95,23 +97,16 @@ class WorkFolder:
     """
 
     def __init__(self, spark: SparkSession, config: OutputConfig) -> None:
-        parent, _, name = config.place.rpartition("/")
         if config.work_path:
             # A folder of its own: it is removed at the end, with all that is in it.
-            name = f"{name}-{hashlib.sha256(config.place.encode()).hexdigest()[:8]}"
-            parent = config.work_path.rstrip("/")
-        elif config.table:
-            parent = str(spark.conf.get("spark.sql.warehouse.dir"))
-        self.place = f"{parent}/{name}_work" if parent or config.place.startswith("/") else f"{name}_work"
+            name = f"{config.place.rpartition('/')[2]}-{hashlib.sha256(config.place.encode()).hexdigest()[:8]}"
+            self.place = f"{config.work_path.rstrip('/')}/{name}_work"
+        else:
+            self.place = beside(spark, config, "_work")
         self._spark = spark
-        self._java: Any = spark._jvm  # noqa: SLF001 - Hadoop's file systems have no other door in PySpark
-        self._owner = self._path("owner.json")
-        try:
-            configuration = spark._jsc.hadoopConfiguration()  # noqa: SLF001 - what those file systems are configured with
-            self._files: Any = self._owner.getFileSystem(configuration)
-        except Py4JJavaError as error:
-            raise OutputError(f"the output {config.place} can not be reached: {first_line(error)}") from error
+        self._folder = Folder(spark, self.place)
         self._me = Owner(uuid.uuid4().hex, identify_machine(), os.getpid(), psutil.Process().create_time())
+        self._done = False
         self._writing = threading.Lock()
         self._seen = time.monotonic()
 
@@ -124,32 +119,37 @@ class WorkFolder:
         Raises:
             OutputError: another run is at work, or the folder can not be written.
         """
+        with self.visited():
+            yield self._read_records()
+            self.check()
+            self._done = True
+
+    @contextmanager
+    def visited(self) -> Iterator[None]:
+        """Keep runs away from this output, and leave it as it was found: for a look. Raises as `claimed`."""
         try:
             self._claim()
         except Py4JJavaError as error:
             raise OutputError(f"the output can not be written: {self.place}: {first_line(error)}") from error
-        done = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(done,), daemon=True)
+        ended = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(ended,), daemon=True)
         beating.start()
         try:
-            yield self._read_records()
-            self._stop_beating(done, beating)
-            self.check()
-            self._files.delete(self._path("."), True)
-        except BaseException:
-            self._stop_beating(done, beating)
-            if self._is_mine():
+            yield
+        finally:
+            ended.set()
+            beating.join()
+            if self._done:
+                self._folder.remove()
+            elif self._is_mine():
                 self._leave()
-            raise
 
     def record(self, run: RunRecord) -> None:
         """Note the run that is going to write, so that it is accounted for even if it dies.
 
         In a file of its own, written once: the owner's is torn when its process dies as it writes.
         """
-        stream = self._files.create(self._path(f"{RUNS}/{run.run_id}"), True)
-        stream.write(bytearray(json.dumps(asdict(run)).encode()))
-        stream.close()
+        self._folder.write(f"{RUNS}/{run.run_id}", json.dumps(asdict(run)).encode())
 
     def check(self) -> None:
         """Raise RunError when another run has taken this one for dead and taken over."""
@@ -163,7 +163,7 @@ class WorkFolder:
     def write(self, frame: DataFrame, name: str) -> None:
         """Write a frame as `name`; it counts as there only when it is whole."""
         frame.write.mode("overwrite").parquet(f"{self.place}/{name}")
-        self._files.create(self._path(f"{name}/_WHOLE"), True).close()
+        self._folder.write(f"{name}/_WHOLE", b"")
 
     def read(self, *names: str, schema: StructType) -> DataFrame:
         """Read what was written as `names`."""
@@ -171,31 +171,26 @@ class WorkFolder:
 
     def list_whole(self, parent: str) -> list[str]:
         """The names below `parent` that are whole."""
-        if not self._files.exists(self._path(parent)):
-            return []
-        names = [f"{parent}/{each.getPath().getName()}" for each in self._files.listStatus(self._path(parent))]
-        return sorted(name for name in names if self._files.exists(self._path(f"{name}/_WHOLE")))
+        names = [f"{parent}/{name}" for name in self._folder.list(parent)]
+        return [name for name in names if self._folder.exists(f"{name}/_WHOLE")]
 
     def remove(self, *names: str) -> None:
         """Remove what was written as `names`, whole or not."""
         for name in names:
             # The mark first: what is half removed does not count.
-            self._files.delete(self._path(f"{name}/_WHOLE"), False)
-            self._files.delete(self._path(name), True)
+            self._folder.remove(f"{name}/_WHOLE")
+            self._folder.remove(name)
 
     def remove_files(self, uris: list[str]) -> None:
         """Remove data files of the output by their URIs."""
         for uri in uris:
-            self._files.delete(self._java.org.apache.hadoop.fs.Path(self._java.java.net.URI(uri)), False)
-
-    def _path(self, name: str) -> Any:
-        return self._java.org.apache.hadoop.fs.Path(self.place if name == "." else f"{self.place}/{name}")
+            self._folder.remove_file(uri)
 
     def _claim(self) -> None:
         try:
             self._write_owner(overwrite=False)
         except Py4JJavaError as error:
-            if not self._files.exists(self._owner):
+            if not self._folder.exists(OWNER):
                 raise
             other = self._read_owner()
             if other is None or not other.is_gone:
@@ -224,8 +219,8 @@ class WorkFolder:
             return time.monotonic() - self._seen < SILENCE * BEAT_SECONDS
         return current.token == self._me.token
 
-    def _beat(self, done: threading.Event) -> None:
-        while not done.wait(BEAT_SECONDS):
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_SECONDS):
             # A store that does not answer now may do so at the next beat.
             with suppress(Py4JJavaError):
                 if not self._is_mine():
@@ -233,46 +228,32 @@ class WorkFolder:
                 self._me.beats += 1
                 self._write_owner()
 
-    def _stop_beating(self, done: threading.Event, beating: threading.Thread) -> None:
-        done.set()
-        beating.join()
-
     def _leave(self) -> None:
         """Let the next run in, with what it is to know of this one."""
         if self._read_records() or self.list_whole(CHUNKS):
             self._me.left = True
             self._write_owner()
         else:
-            self._files.delete(self._path("."), True)
+            self._folder.remove()
 
     def _read_records(self) -> list[RunRecord]:
         """The runs that are not accounted for, oldest first. One whose record is torn has written nothing yet."""
-        if not self._files.exists(self._path(RUNS)):
-            return []
         records = []
-        for status in self._files.listStatus(self._path(RUNS)):
+        for name in self._folder.list(RUNS):
             with suppress(Py4JJavaError, ValueError, TypeError):
-                stream = self._files.open(status.getPath())
-                text = bytes(stream.readAllBytes()).decode()
-                stream.close()
-                records.append(RunRecord(**json.loads(text)))
+                records.append(RunRecord(**json.loads(self._folder.read(f"{RUNS}/{name}"))))
         return sorted(records, key=lambda record: record.started)
 
     def _write_owner(self, *, overwrite: bool = True) -> None:
         with self._writing:
-            stream = self._files.create(self._owner, overwrite)
-            stream.write(bytearray(json.dumps(asdict(self._me)).encode()))
-            stream.close()
+            self._folder.write(OWNER, json.dumps(asdict(self._me)).encode(), overwrite=overwrite)
             self._seen = time.monotonic()
 
     def _read_owner(self) -> Owner | None:
         """The owner as written; None where there is none. One that is being written is read again."""
         for _ in range(READS):
             try:
-                stream = self._files.open(self._owner)
-                text = bytes(stream.readAllBytes()).decode()
-                stream.close()
-                return Owner(**json.loads(text))
+                return Owner(**json.loads(self._folder.read(OWNER)))
             except (Py4JJavaError, ValueError, TypeError):
                 time.sleep(0.1)
         return None
