@@ -1,9 +1,11 @@
 """The words and records that the job and the model share. Standard library only."""
 
+import hashlib
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -84,6 +86,7 @@ NUMBERS: dict[str, Bounds] = {
     "min_p": Bounds(low=0, high=1),
     "repetition_penalty": Bounds(low=0.01, high=10),
     "seed": Bounds(low=-(2**63), high=2**63 - 1, whole=True),
+    "n": Bounds(low=1, high=128, whole=True),
 }
 """The numeric generation parameters and what each may be; the others are `stop` and `response_format`."""
 
@@ -105,6 +108,7 @@ class GenerationParams:
         min_p: sample from the tokens that are at least this share as likely as the likeliest; 0 is all of them.
         repetition_penalty: divides the logits of tokens already seen, or multiplies negative ones (Keskar et al. 2019).
         seed: the row's own random stream; None leaves the choice to the job.
+        n: how many answers; the first is the one that there would be alone.
         stop: the answer is cut before the first of these strings to appear.
         response_format: JSON text of OpenAI's `{"type": "json_schema", "json_schema": {"schema": {...}}}`, or
             `{"type": "json_object"}`, or `{"type": "regex", "regex": "..."}`; None is any text.
@@ -120,6 +124,7 @@ class GenerationParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    n: int = 1
     stop: tuple[str, ...] = ()
     response_format: str | None = None
 
@@ -181,6 +186,16 @@ class Request:
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
 
+    def choices(self) -> "list[Request]":
+        """A request for each different answer that is wanted: `n`, each with a seed of its own, or one if greedy.
+
+        The first has the seed itself, so that its answer is the one of `n: 1`.
+        """
+        seed = self.params.seed
+        seeds = [seed if seed is None or not place else _derive(seed, place) for place in range(self.params.n)]
+        wanted = seeds[:1] if self.params.greedy else seeds
+        return [replace(self, params=replace(self.params, n=1, seed=each)) for each in wanted]
+
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what the job sends: OpenAI's request body, `{"messages": [...], "max_tokens": 64, ...}`.
@@ -191,6 +206,10 @@ class Request:
         body = json.loads(text)
         params = build_params({name: body[name] for name in PARAMETERS if name in body})
         return cls(params=params, messages=build_messages(body["messages"]))
+
+
+def _derive(seed: int, place: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{place}".encode()).digest()[:8], signed=True)
 
 
 def build_params(values: dict[str, Any]) -> GenerationParams:
@@ -255,7 +274,8 @@ class Usage:
 class Completion:
     """One request's outcome: a text with its `finish_reason`, or an `error_code` with its message.
 
-    `generation_seconds` runs from the row's admission to its last token.
+    `generation_seconds` runs from the row's admission to its last token; `created` is when that was, in seconds since
+    the epoch.
     """
 
     text: str | None
@@ -264,6 +284,7 @@ class Completion:
     generation_seconds: float = 0.0
     error_code: str | None = None
     error_message: str | None = None
+    created: float = field(default_factory=time.time, compare=False)
 
     @classmethod
     def failed(cls, code: str, message: str, usage: Usage | None = None) -> Self:
@@ -284,6 +305,13 @@ RESPONSE_COLUMNS = {
     "generation_seconds": "double",
 }
 """The response table: column to Spark type, in order."""
+
+EXTRA_COLUMNS = {
+    "choices": "array<struct<index:bigint,response:string,finish_reason:string>>",
+    "prompt_version": "string",
+}
+"""Columns that a response table has where they are asked for: all answers of a row, where it may have several, and the
+versions of the registered prompts that it was made from."""
 
 USAGE_COLUMNS = {
     "run_id": "string",

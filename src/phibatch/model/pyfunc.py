@@ -3,9 +3,9 @@
 import logging
 import math
 import os
-import time
 import uuid
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Predictor:
                 compact form, `contract.Request.from_json`), of which each row gives one; and the generation
                 parameters, for the rows that bring their own.
             params: generation parameters of the rows without their own, and the engine's
-                options: `engine`, `batch_size`, `memory`, `row_timeout`, `worker_timeout`.
+                options: `engine`, `batch_size`, `memory`, `row_timeout`, `worker_timeout`; `count_only` generates
+                nothing, and tells of each row its prompt's tokens, or why it would fail.
 
         Returns:
             One dict per row: `id, object, created, model, choices, usage, error, generation_seconds`, never null.
@@ -80,15 +81,27 @@ class Predictor:
             float(params.get("row_timeout", 0)),
             float(params.get("worker_timeout", 0)),
         )
-        outcomes: dict[int, Completion] = {}
+        outcomes: dict[int, list[Completion]] = {}
         requests: dict[int, Request] = {}
         for place, row in enumerate(model_input.to_dict("records")):
             try:
                 requests[place] = _build_request(row, params)
             except ValueError as error:
-                outcomes[place] = Completion.failed(ErrorCode.INVALID_REQUEST, str(error))
-        completions = generate(self._model_dir, self._digest, options, list(requests.values()))
-        outcomes.update(zip(requests, completions, strict=True))
+                outcomes[place] = [Completion.failed(ErrorCode.INVALID_REQUEST, str(error))]
+        # A request that wants several answers is several to the engine.
+        choices = [(place, choice) for place, request in requests.items() for choice in request.choices()]
+        completions = generate(
+            self._model_dir,
+            self._digest,
+            options,
+            [choice for _, choice in choices],
+            count_only=bool(params.get("count_only")),
+        )
+        for (place, _), completion in zip(choices, completions, strict=True):
+            outcomes.setdefault(place, []).append(completion)
+        for place, request in requests.items():
+            # Greedy answers are all the same one.
+            outcomes[place] *= request.params.n // len(outcomes[place])
         return [_as_openai(outcomes[place], self._name) for place in range(len(model_input))]
 
 
@@ -148,19 +161,31 @@ def _threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
-def _as_openai(completion: Completion, model: str) -> dict[str, Any]:
-    choice = {
-        "index": 0,
-        "finish_reason": completion.finish_reason and str(completion.finish_reason),
-        "message": {"role": "assistant", "content": completion.text},
-    }
+def _as_openai(completions: list[Completion], model: str) -> dict[str, Any]:
+    """One row's completions as one `chat.completion`; it has failed when one of them has."""
+    failed = next((each for each in completions if each.error_code), None)
+    choices = [
+        {
+            "index": place,
+            "finish_reason": each.finish_reason and str(each.finish_reason),
+            "message": {"role": "assistant", "content": each.text},
+        }
+        for place, each in enumerate(completions)
+    ]
+    # The prompt is one, whatever is said to it.
+    usage = replace(completions[0].usage, completion_tokens=sum(each.usage.completion_tokens for each in completions))
+    # Of a row that was cut off the texts so far are kept.
+    has_texts = all(each.text is not None for each in completions)
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
-        "created": math.floor(time.time()),
+        "created": math.floor(max(each.created for each in completions)),
         "model": model,
-        "choices": [] if completion.text is None else [choice],
-        "usage": completion.usage.as_dict(),
-        "error": {"code": completion.error_code and str(completion.error_code), "message": completion.error_message},
-        "generation_seconds": completion.generation_seconds,
+        "choices": choices if has_texts else [],
+        "usage": usage.as_dict(),
+        "error": {
+            "code": failed and failed.error_code and str(failed.error_code),
+            "message": failed and failed.error_message,
+        },
+        "generation_seconds": max(each.generation_seconds for each in completions),
     }

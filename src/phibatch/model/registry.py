@@ -58,12 +58,14 @@ class ResolvedModel:
         digest: SHA-256 of the model's files.
         model_format: what the files are.
         defaults: the generation parameters it was logged with.
+        options: the names of all parameters that its `predict` takes.
     """
 
     uri: str
     digest: str
     model_format: ModelFormat
     defaults: GenerationParams
+    options: frozenset[str]
 
     def check_engine(self, name: EngineName) -> None:
         """Raise ModelError where an engine can not run this model."""
@@ -119,6 +121,7 @@ def signature(defaults: GenerationParams) -> ModelSignature:
                 ParamSpec("memory", DataType.long, 0),
                 ParamSpec("row_timeout", DataType.double, 0.0),
                 ParamSpec("worker_timeout", DataType.double, 0.0),
+                ParamSpec("count_only", DataType.boolean, False),
                 *(_param(name, bounds, getattr(defaults, name)) for name, bounds in NUMBERS.items()),
                 ParamSpec("stop", DataType.string, list(defaults.stop), shape=(-1,)),
                 ParamSpec("response_format", DataType.string, defaults.response_format or ""),
@@ -268,7 +271,7 @@ def resolve_model(uri: str) -> ResolvedModel:
     logged = {spec.name: spec.default for spec in info.signature.params.params}
     # A signature's seed is never null, and the job gives each row its own.
     defaults = build_params({name: logged[name] for name in PARAMETERS if name in logged and name != "seed"})
-    return ResolvedModel(fixed, str(digest), model_format, defaults)
+    return ResolvedModel(fixed, str(digest), model_format, defaults, frozenset(logged))
 
 
 def _resolve_alias(uri: str) -> str:

@@ -24,6 +24,10 @@ class Engine(Protocol):
         """
         ...
 
+    def count(self, requests: Sequence[Request]) -> list[Completion]:
+        """The same without generating: each completion is empty and tells its prompt's tokens, or is the failure."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -64,10 +68,16 @@ _engines: dict[tuple[str, EngineOptions], Engine] = {}
 _one_at_a_time = threading.Lock()
 
 
-def generate(model_dir: Path, digest: str, options: EngineOptions, requests: Sequence[Request]) -> list[Completion]:
-    """Generate with the process's engine, one caller at a time: a scoring server calls from many threads."""
+def generate(
+    model_dir: Path, digest: str, options: EngineOptions, requests: Sequence[Request], *, count_only: bool = False
+) -> list[Completion]:
+    """Generate with the process's engine, one caller at a time: a scoring server calls from many threads.
+
+    With `count_only` prompts are read and their tokens counted, as `Engine.count`.
+    """
     with _one_at_a_time, watch(options.worker_timeout):
-        return load_engine(model_dir, digest, options).generate(requests)
+        engine = load_engine(model_dir, digest, options)
+        return engine.count(requests) if count_only else engine.generate(requests)
 
 
 def load_engine(model_dir: Path, digest: str, options: EngineOptions) -> Engine:

@@ -16,6 +16,9 @@ class EchoEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return [_echo(request) for request in requests]
 
+    def count(self, requests: Sequence[Request]) -> list[Completion]:
+        return [Completion("", None, Usage(_echo(request).usage.prompt_tokens)) for request in requests]
+
 
 def _echo(request: Request) -> Completion:
     started = time.perf_counter()

@@ -38,6 +38,9 @@ class GenaiEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return generate_rows(requests, self._build_row, self._run)
 
+    def count(self, requests: Sequence[Request]) -> list[Completion]:
+        return generate_rows(requests, self._build_row, None)
+
     def _build_row(self, request: Request) -> Row:
         folder = self._folder
         return Row(

@@ -73,6 +73,7 @@ class Row:
         self._text: str | None = None
         self._admitted = 0.0
         self._ended = 0.0
+        self._created = 0.0
 
     def admit(self) -> None:
         """Start the row's clock."""
@@ -108,35 +109,42 @@ class Row:
         """The token chosen last."""
         return self._ids[-1]
 
+    def admission(self) -> Completion:
+        """What is known of a row before anything is generated: its prompt's tokens."""
+        return Completion("", None, Usage(len(self.prompt)))
+
     def completion(self) -> Completion:
         """The answer of a finished row."""
         text = self._tokenizer.decode(self._ids) if self._text is None else self._text
         usage = Usage(len(self.prompt), len(self._ids), self.cached_tokens)
         if self.finish_reason is None:
             message = f"the row was not done after {self._timeout:g} s; its text so far is kept"
-            return Completion(text, None, usage, self._ended - self._admitted, ErrorCode.TIMEOUT, message)
+            return Completion(
+                text, None, usage, self._ended - self._admitted, ErrorCode.TIMEOUT, message, created=self._created
+            )
         if self._constraint and (not self._constraint.complete or self._text is not None):
             cut = "max_tokens" if self._text is None else "a stop string"
             return Completion.failed(
                 ErrorCode.INVALID_OUTPUT, f"{cut} cut the answer before it was of its response_format", usage
             )
-        return Completion(text, self.finish_reason, usage, self._ended - self._admitted)
+        return Completion(text, self.finish_reason, usage, self._ended - self._admitted, created=self._created)
 
     def _finish(self, reason: FinishReason | None) -> None:
         self.finish_reason = reason
         self.done = True
         self._ended = time.perf_counter()
+        self._created = time.time()
 
 
 def generate_rows(
-    requests: Sequence[Request], build_row: Callable[[Request], Row], run: Callable[[list[Row]], None]
+    requests: Sequence[Request], build_row: Callable[[Request], Row], run: Callable[[list[Row]], None] | None
 ) -> list[Completion]:
     """One completion per request, in order.
 
     Args:
         requests: what is asked for.
         build_row: a request as a row of the engine. Raises RowError, which fails that row alone.
-        run: generates rows to their end.
+        run: generates rows to their end; None only counts their prompts' tokens.
     """
     outcomes: dict[int, Completion] = {}
     rows: dict[int, Row] = {}
@@ -145,8 +153,9 @@ def generate_rows(
             rows[place] = build_row(request)
         except RowError as error:
             outcomes[place] = Completion.failed(error.code, str(error))
-    run(list(rows.values()))
-    outcomes.update({place: row.completion() for place, row in rows.items()})
+    if run:
+        run(list(rows.values()))
+    outcomes.update({place: row.completion() if run else row.admission() for place, row in rows.items()})
     return [outcomes[place] for place in range(len(requests))]
 
 

@@ -65,6 +65,9 @@ class SlotsEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return generate_rows(requests, self._build_row, self._run)
 
+    def count(self, requests: Sequence[Request]) -> list[Completion]:
+        return generate_rows(requests, self._build_row, None)
+
     def _build_row(self, request: Request) -> Row:
         folder = self._folder
         row = Row(

@@ -74,6 +74,9 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return generate_rows(requests, self._build_row, self._run)
 
+    def count(self, requests: Sequence[Request]) -> list[Completion]:
+        return generate_rows(requests, self._build_row, None)
+
     def _build_row(self, request: Request) -> Row:
         return Row(
             request, self._tokenizer, self._context_length, self._eos_token_ids, self._grammars, self._row_timeout
