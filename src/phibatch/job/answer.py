@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from phibatch.config import JobConfig
 from phibatch.contract import ErrorCode
 from phibatch.job.chunks import Chunk, Chunks, Sizes
-from phibatch.job.generate import build_predict, generate, refuse
+from phibatch.job.generate import Lineage, build_predict, generate, refuse
 from phibatch.job.output import ResponseTable
 from phibatch.job.plan import DUPLICATE, group, lay_out, mark, match, number_responses
 from phibatch.job.session import count_slots, explain_failure
@@ -25,21 +26,25 @@ CRASHED = "the process died each time that this row was generated: by a native f
 
 def recover(work: WorkFolder, table: ResponseTable, mode: str) -> None:
     """Put into the table what a run that died had finished, and had not put there yet; unless all begins anew."""
+    finished = find_finished(work, table, mode)
+    if finished is not None:
+        table.append(finished.coalesce(1))
+    work.remove(*work.list_whole(CHUNKS))
+
+
+def find_finished(work: WorkFolder, table: ResponseTable, mode: str) -> DataFrame | None:
+    """What a run that died had finished, and had not put into the table yet; None where there is nothing."""
     names = work.list_whole(CHUNKS)
-    if mode == "overwrite":
-        work.remove(*names)
-        return
-    if not names:
-        return
+    if not names or mode == "overwrite":
+        return None
     finished = work.read(*names, schema=table.schema)
     there = table.read()
-    if there is not None:
-        known = ["custom_id", "request_key", "run_id"]
-        # A copy that was rejected is another row.
-        own = there.where(~F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False)))
-        finished = finished.join(own.select(*known), known, "left_anti")
-    table.append(finished.coalesce(1))
-    work.remove(*names)
+    if there is None:
+        return finished
+    known = ["custom_id", "request_key", "run_id"]
+    # A copy that was rejected is another row.
+    own = there.where(~F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False)))
+    return finished.join(own.select(*known), known, "left_anti")
 
 
 def stage(
@@ -68,6 +73,17 @@ def stage(
     return plan, table.set_aside(work, mark(numbered, rows, config.job.retry, config.output.orphans))
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What has come into the table: generations, the rows that they answer, and those rows' totals."""
+
+    generations: int
+    rows: int
+    failed: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class Answers:
     """A plan's rows on their way into the response table.
 
@@ -77,7 +93,7 @@ class Answers:
         table: where the responses go.
         plan: what is to be done.
         model: the model, by version.
-        run_id: the MLflow run.
+        lineage: of the rows.
     """
 
     def __init__(
@@ -87,30 +103,28 @@ class Answers:
         table: ResponseTable,
         plan: StagedPlan,
         model: ResolvedModel,
-        run_id: str,
+        lineage: Lineage,
     ) -> None:
         self._spark = spark
         self._work = work
         self._table = table
         self._plan = plan
         self._model = model
-        self._run_id = run_id
-        self._jobs = f"phibatch-{run_id}"
+        self._lineage = lineage
+        self._jobs = f"phibatch-{lineage.run_id}"
 
     def reject(self) -> None:
         """Write the rows that can not be answered; the table is there afterwards, if it was not."""
         if self._plan.counts.rejected or not self._table.exists:
             rejected = self._plan.rejected()
-            self._table.append(
-                refuse(rejected, ErrorCode.INVALID_REQUEST, F.col("reason"), self._model, self._run_id).coalesce(1)
-            )
+            self._table.append(refuse(rejected, ErrorCode.INVALID_REQUEST, F.col("reason"), self._lineage).coalesce(1))
 
-    def generate(self, config: JobConfig, advance: Callable[[int], None]) -> None:
+    def generate(self, config: JobConfig, advance: Callable[[Committed], None]) -> None:
         """Generate chunk by chunk, each made durable in the work folder and then put into the table.
 
         Args:
             config: the job.
-            advance: is told how many generations more are in the table.
+            advance: is told what more is in the table.
 
         Raises:
             EngineError: the engine failed; nothing else is tried.
@@ -124,36 +138,40 @@ class Answers:
         sizes = Sizes(math.ceil(rows / parts) if parts else config.job.chunk_rows)
 
         def answer(chunk: Chunk) -> None:
-            self._write(chunk, generate(self._plan.take(chunk), predict, self._model, self._run_id))
+            self._write(chunk, generate(self._plan.take(chunk), predict, self._lineage))
 
-        def commit(chunks: list[Chunk]) -> None:
-            self._commit(chunks)
-            advance(sum(chunk.size for chunk in chunks))
-
+        chunks = Chunks(rows, sizes, answer, self._give_up, answered=self._plan.counts.skipped)
         try:
-            skipped = self._plan.counts.skipped
-            Chunks(rows, sizes, answer, self._give_up, answered=skipped).run(lambda: count_slots(self._spark), commit)
+            chunks.run(lambda: count_slots(self._spark), lambda ended: advance(self._commit(ended)))
         finally:
             self._spark.sparkContext.cancelJobGroup(self._jobs)
 
     def _give_up(self, chunk: Chunk) -> None:
         plan, message = self._plan.take(chunk), F.lit(CRASHED)
-        self._write(chunk, refuse(plan, ErrorCode.WORKER_CRASHED, message, self._model, self._run_id))
+        self._write(chunk, refuse(plan, ErrorCode.WORKER_CRASHED, message, self._lineage))
 
     def _write(self, chunk: Chunk, responses: DataFrame) -> None:
         told = f"phibatch: generations {chunk.first:,} to {chunk.first + chunk.size - 1:,}"
         self._spark.sparkContext.setJobGroup(self._jobs, told)
         try:
-            self._work.write(responses, self._name(chunk))
+            self._work.write(responses.select(*self._table.schema.names), self._name(chunk))
         except (PySparkException, Py4JJavaError) as error:
             raise explain_failure(error) from error
 
-    def _commit(self, chunks: list[Chunk]) -> None:
+    def _commit(self, chunks: list[Chunk]) -> Committed:
         self._work.check()
         names = [self._name(chunk) for chunk in chunks]
-        files = math.ceil(sum(chunk.size for chunk in chunks) / ROWS_PER_FILE)
-        self._table.append(self._work.read(*names, schema=self._table.schema).coalesce(files))
+        generations = sum(chunk.size for chunk in chunks)
+        totals = Observation()
+        finished = self._work.read(*names, schema=self._table.schema).observe(
+            totals,
+            F.count("*").alias("rows"),
+            F.count("error.code").alias("failed"),
+            *(F.sum(f"usage.{name}").alias(name) for name in ("prompt_tokens", "completion_tokens")),
+        )
+        self._table.append(finished.coalesce(math.ceil(generations / ROWS_PER_FILE)))
         self._work.remove(*names)
+        return Committed(generations, **totals.get)
 
     def _name(self, chunk: Chunk) -> str:
-        return f"{CHUNKS}/{self._run_id}-{chunk.first}-{chunk.size}"
+        return f"{CHUNKS}/{self._lineage.run_id}-{chunk.first}-{chunk.size}"

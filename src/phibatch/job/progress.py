@@ -1,110 +1,78 @@
-"""What a run shows while it goes: on a terminal a bar, elsewhere a line now and then."""
+"""How far a run is, in numbers."""
 
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
-from pyspark.sql import DataFrame
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
-
+from phibatch.job.answer import Committed
 from phibatch.job.stage import PlanCounts
-from phibatch.job.summary import BatchSummary
-from phibatch.model.registry import ResolvedModel
-
-LINE_SECONDS = 10.0
 
 
-class Reporter:
-    """Tells a person how a run goes.
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
 
-    Args:
-        console: where to; one without a terminal gets plain lines.
+    Attributes:
+        rows: of the input, those that are in the response table.
+        total: rows of the input.
+        failed: rows that ended as errors, those that were rejected among them.
+        rows_per_second, tokens_per_second: of what this run generated, tokens of prompts and completions together.
+        seconds: since the first chunk was started.
+        seconds_left: as the rows so far show it; None before there are any.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    rows: int
+    total: int
+    failed: int
+    rows_per_second: float
+    tokens_per_second: float
+    seconds: float
+    seconds_left: float | None
 
-    def say_model(self, model: ResolvedModel, uri: str) -> None:
-        alias = "" if model.uri == uri else f" (from {uri})"
-        self._say(f"model   {model.uri}{alias}, {model.digest[:12]}")
+    def as_metrics(self) -> dict[str, float]:
+        """As MLflow metrics of one group."""
+        return {f"progress/{name}": value for name, value in asdict(self).items() if value is not None}
 
-    def say_plan(self, counts: PlanCounts, slots: int) -> None:
-        done = f"{counts.skipped:,} done already, " if counts.skipped else ""
-        self._say(
-            f"rows    {counts.rows:,}: {done}{counts.to_generate:,} to generate, {counts.duplicates:,} duplicates,"
-            f" {counts.rejected:,} rejected"
-        )
-        self._say(f"slots   {slots:,} tasks at a time")
 
-    @contextmanager
-    def watch(self, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how many of the generations are committed; gives what is to be called with those that are new."""
-        bar = Progress(
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        started = last = time.monotonic()
-        done = 0
-        with bar:
-            task = bar.add_task("generating", total=total)
+class Tally:
+    """Adds up what is committed. Safe to use from several threads.
 
-            def advance(rows: int) -> None:
-                nonlocal done, last
-                done += rows
-                bar.update(task, completed=done)
-                now = time.monotonic()
-                if not self._console.is_terminal and now - last >= LINE_SECONDS:
-                    last = now
-                    left = (now - started) * (total - done) / done
-                    self._say(f"        {done:,} of {total:,} after {now - started:,.0f} s, about {left:,.0f} s left")
+    Args:
+        counts: of the plan.
+    """
 
-            yield advance
+    def __init__(self, counts: PlanCounts) -> None:
+        self._counts = counts
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._generations = self._rows = self._failed = self._tokens = 0
 
-    def say_summary(self, summary: BatchSummary, output: str, usage: str) -> None:
-        table = Table(title=None, show_header=False, box=None, pad_edge=False)
-        table.add_column()
-        table.add_column(justify="right")
-        table.add_row("rows", f"{summary.rows:,}")
-        if summary.skipped:
-            table.add_row("done already", f"{summary.skipped:,}")
-        table.add_row("succeeded", f"{summary.succeeded:,}")
-        for code, count in sorted(summary.failed_by_code.items()):
-            table.add_row(f"failed: {code}", f"{count:,}")
-        table.add_row("prompt tokens", f"{summary.prompt_tokens:,}")
-        table.add_row("completion tokens", f"{summary.completion_tokens:,}")
-        table.add_row("seconds", f"{summary.seconds:,.1f}")
-        table.add_row("tokens per second", f"{summary.tokens_per_second:,.1f}")
-        self._console.print(table)
-        self._say(f"responses {output}")
-        self._say(f"usage     {usage}")
-        self._say(f"run       {summary.run_id}")
+    def add(self, committed: Committed) -> None:
+        with self._lock:
+            self._generations += committed.generations
+            self._rows += committed.rows
+            self._failed += committed.failed
+            self._tokens += committed.prompt_tokens + committed.completion_tokens
 
-    def show_answers(self, responses: DataFrame, rows: int) -> None:
-        """Print the first answers by `custom_id`."""
-        if not rows:
-            return
-        table = Table(
-            "custom_id", "response", "finish_reason", "prompt", "completion", title="Answers and their tokens"
-        )
-        for row in responses.orderBy("custom_id").limit(rows).collect():
-            usage = row["usage"]
-            text = (
-                row["response"]
-                if row["error"]["code"] is None
-                else f"{row['error']['code']}: {row['error']['message']}"
+    def look(self) -> Progress:
+        with self._lock:
+            seconds = max(time.monotonic() - self._began, 0.001)
+            left = self._counts.to_generate - self._generations
+            return Progress(
+                rows=self._counts.skipped + self._counts.rejected + self._rows,
+                total=self._counts.rows,
+                failed=self._counts.rejected + self._failed,
+                rows_per_second=self._rows / seconds,
+                tokens_per_second=self._tokens / seconds,
+                seconds=seconds,
+                seconds_left=seconds * left / self._generations if self._generations else None,
             )
-            numbers = (str(usage["prompt_tokens"]), str(usage["completion_tokens"]))
-            table.add_row(Text(row["custom_id"]), Text(text), row["finish_reason"], *numbers)
-        self._console.print(table)
 
-    def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+def describe_seconds(seconds: float) -> str:
+    """A time as a person says it, such as `3 h 12 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,14 +1,19 @@
 """The written table, added up; and what of a run goes to MLflow."""
 
+import platform
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import mlflow
 from mlflow.data.spark_dataset import from_spark
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -19,6 +24,9 @@ from phibatch.contract import USAGE_COLUMNS
 from phibatch.job.stage import PlanCounts
 from phibatch.job.work import RunRecord
 from phibatch.model.registry import ResolvedModel
+
+PACKAGES = ("phibatch", "pyspark", "mlflow", "onnxruntime", "onnxruntime-genai", "transformers", "torch", "tokenizers")
+"""Those whose versions are noted with a run."""
 
 TOKENS = [f"{kind}_tokens" for kind in ("prompt", "completion", "cached")]
 
@@ -133,8 +141,10 @@ def close_runs(runs: Sequence[RunRecord]) -> None:
 
 
 @contextmanager
-def track_run(config: JobConfig, model: ResolvedModel, prompts: DataFrame) -> Iterator[str]:
-    """An MLflow run with the resolved configuration, the input and the model; gives its id.
+def track_run(
+    config: JobConfig, model: ResolvedModel, prompts: DataFrame, prompt_version: str | None = None
+) -> Iterator[str]:
+    """An MLflow run with the resolved configuration, the input, the model and registered prompts; gives its id.
 
     It ends as FAILED when the block raises.
     """
@@ -142,12 +152,14 @@ def track_run(config: JobConfig, model: ResolvedModel, prompts: DataFrame) -> It
         resolved = config.model_dump(mode="json")
         resolved["model"]["uri"] = model.uri
         mlflow.log_dict(resolved, "config.yaml")
+        mlflow.log_dict(_versions(), "versions.yaml")
         mlflow.log_params(_flatten(resolved))
         mlflow.set_tags(
             {
                 "phibatch.version": phibatch.__version__,
                 "phibatch.model": model.uri,
                 "phibatch.model_digest": model.digest,
+                **({"phibatch.prompt_version": prompt_version} if prompt_version else {}),
             }
         )
         with warnings.catch_warnings():
@@ -157,10 +169,23 @@ def track_run(config: JobConfig, model: ResolvedModel, prompts: DataFrame) -> It
         yield run.info.run_id
 
 
+def log_progress(run_id: str, metrics: dict[str, float], step: int) -> None:
+    """Log numbers of a run that goes on, from any thread. They are no accounts: a server that is away loses them."""
+    now = round(time.time() * 1000)
+    with suppress(MlflowException):
+        mlflow.MlflowClient().log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+
+
 def log_summary(summary: BatchSummary) -> None:
     """Log a run's totals as metrics of the active run."""
     mlflow.log_metrics(summary.as_metrics())
     mlflow.log_dict({**asdict(summary), "started": summary.started.isoformat()}, "summary.json")
+
+
+def _versions() -> dict[str, str]:
+    """What the driver runs on; executors that run on something else fail, or are the user's own choice."""
+    here = [name for name in PACKAGES if find_spec(name.replace("-", "_"))]
+    return {"python": platform.python_version(), **{name: version(name) for name in here}}
 
 
 def _dataset(prompts: DataFrame, config: InputConfig) -> Any:
