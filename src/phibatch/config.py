@@ -25,12 +25,16 @@ from phibatch.errors import ConfigError
 
 ENVIRONMENT = re.compile(r"\$\{(\w+)\}")
 
+OPENAI_BATCH = "openai-batch"
+"""The format of files for and from the OpenAI Batch API, as input and as output."""
+
 MAPPINGS = ("options", "response_format")
 """The settings whose value is a mapping."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # The docstrings below fields are what docs/configuration.md says of them.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
 def _look_up(found: re.Match[str]) -> str:
@@ -40,7 +44,7 @@ def _look_up(found: re.Match[str]) -> str:
 
 
 class InputColumns(_Section):
-    """The input table's names for the job's columns."""
+    """The input table's names for the job's columns. `n` is only read where it is named: many tables have an `n`."""
 
     custom_id: str = "custom_id"
     prompt: str = "prompt"
@@ -53,20 +57,34 @@ class InputColumns(_Section):
     min_p: str = "min_p"
     repetition_penalty: str = "repetition_penalty"
     seed: str = "seed"
+    n: str | None = None
     stop: str = "stop"
     response_format: str = "response_format"
 
 
 class InputConfig(_Section):
-    """Where the prompts are: a `path` in a Spark `format`, or a `table`."""
+    """Where the prompts are: a `path` in a Spark `format`, or a `table`.
+
+    `incremental` reads only files that are new since the last run that ended. `system` and `template` may be the URI of
+    a prompt that is registered in MLflow.
+    """
 
     path: str | None = None
+    """The path of the input. One of `path` and `table` is needed."""
     table: str | None = None
+    """The name of a table, instead of a path."""
     format: str = "parquet"
+    """Any that Spark can read; or `openai-batch`, a file of requests as for the OpenAI Batch API."""
     options: dict[str, SecretStr] = Field(default_factory=dict)
+    """Spark's own reader options; `${NAME}` in one is the environment's variable."""
     columns: InputColumns = InputColumns()
+    """The table's names for the job's columns."""
     system: str | None = None
+    """The system message of rows without one of their own; or `prompts:/NAME@ALIAS`, a prompt in MLflow."""
     template: str | None = None
+    """The prompt, from other columns: `"Summarise: {text}"`; or `prompts:/NAME@ALIAS`."""
+    incremental: bool = False
+    """Read only files that are new since the last run that ended."""
 
     @field_validator("options", mode="before")
     @classmethod
@@ -88,6 +106,8 @@ class InputConfig(_Section):
     def _one_place(self) -> Self:
         if (self.path is None) == (self.table is None):
             raise ValueError("exactly one of path and table must be set")
+        if self.format == OPENAI_BATCH and (self.table or self.template or self.columns.model_fields_set):
+            raise ValueError(f"format {OPENAI_BATCH} is a file of requests, which has no table, template or columns")
         return self
 
 
@@ -95,23 +115,40 @@ class ModelConfig(_Section):
     """The logged model, and how it is run."""
 
     uri: str
+    """The logged model: `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
     engine: EngineName = EngineName.AUTO
+    """`auto` is the fastest that can run the model: `slots` or `genai` for ONNX, `transformers` for a checkpoint;
+    `echo` needs no weights and says the prompt back."""
     batch_size: Annotated[int, Field(ge=1, le=32)] = 16
+    """The most rows that are generated together."""
     memory: ByteSize | None = None
+    """What weights, keys and values of one engine may take, such as `6GiB` (slots engine); null: half of what the
+    container or machine has, by the task's share of its cores."""
 
 
 class GenerationConfig(_Section):
     """The parameters of every row that does not bring its own; one that is not set is as the model was logged."""
 
     max_tokens: int = 300
+    """The most tokens of an answer, without the end-of-turn token."""
     temperature: float = 0.0
+    """0 is greedy; above it, logits are divided by it before a token is drawn."""
     top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probabilities add up to this."""
     top_k: int = 0
+    """Draw from this many likeliest tokens; 0 is all."""
     min_p: float = 0.0
+    """Draw from the tokens at least this share as likely as the likeliest."""
     repetition_penalty: float = 1.0
+    """Divides the logits of tokens already seen."""
     seed: int | None = None
+    """Of the sampled rows; null: each gets one, from its request and `custom_id`."""
+    n: int = 1
+    """Answers for each row, in a column `choices`; the first is `response`."""
     stop: tuple[str, ...] = ()
+    """The answer is cut before the first of these to appear."""
     response_format: str | None = None
+    """`{type: json_schema, json_schema: {schema: {...}}}`, `{type: json_object}` or `{type: regex, regex: "..."}`."""
 
     @field_validator(*NUMBERS)
     @classmethod
@@ -141,12 +178,19 @@ class OutputConfig(_Section):
     """
 
     path: str | None = None
+    """The path of the responses. One of `path` and `table` is needed; usage goes to `<output>_usage`."""
     table: str | None = None
+    """The name of a table, instead of a path."""
     format: str = "parquet"
+    """Any that Spark can append to; or `openai-batch`, one file of answers as from the OpenAI Batch API."""
     mode: Literal["resume", "overwrite", "error"] = "resume"
+    """`resume` does what is missing; `error` refuses an output that is there; `overwrite` loses what is there."""
     orphans: Literal["keep", "drop"] = "keep"
+    """Whether responses whose input row is gone are kept."""
     work_path: str | None = None
+    """Where a folder is made for what a run needs to resume; null: `<output>_work`."""
     keep_columns: tuple[str, ...] = ()
+    """Input columns to carry through."""
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -155,35 +199,63 @@ class OutputConfig(_Section):
         taken = [name for name in self.keep_columns if name.lower() in RESPONSE_COLUMNS]
         if taken:
             raise ValueError(f"keep_columns names {taken[0]!r}, which is a column of the response table itself")
+        if self.format == OPENAI_BATCH and self.table:
+            raise ValueError(f"format {OPENAI_BATCH} is a file: set path, not table")
         return self
 
     @property
-    def place(self) -> str:
-        """The response table's path or name."""
+    def name(self) -> str:
+        """The output's path or name, by which what lies beside it is named."""
         return (self.table or self.path or "").rstrip("/")
+
+    @property
+    def place(self) -> str:
+        """The response table's path or name; a batch file is made from a table beside it."""
+        return f"{self.name}_responses" if self.format == OPENAI_BATCH else self.name
+
+    @property
+    def table_format(self) -> str:
+        """The format of the response and usage tables."""
+        return "parquet" if self.format == OPENAI_BATCH else self.format
 
     @property
     def usage_place(self) -> str:
         """The usage table's path or name."""
-        return f"{self.place}_usage"
+        return f"{self.name}_usage"
 
 
 class JobSettings(_Section):
     """The run itself."""
 
     name: str = "phibatch"
+    """Of the Spark application and the MLflow run."""
     chunk_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows that are made durable together; null: about two minutes of work."""
     partitions: Annotated[int, Field(ge=1)] | None = None
+    """Instead, into how many chunks the rows are cut."""
     retry: Literal["failed", "none", "all"] = "failed"
+    """Rows that are done again: `failed` are failures that may pass."""
     row_timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which a row ends as `timeout`, with its text so far."""
     worker_timeout: Annotated[float, Field(gt=0)] = 600
+    """Seconds without a step after which a process is taken to hang, and ended."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Exit code 3 when a larger share of the rows failed."""
 
     @model_validator(mode="after")
     def _one_cut(self) -> Self:
         if self.chunk_rows is not None and self.partitions is not None:
             raise ValueError("only one of chunk_rows and partitions may be set")
         return self
+
+
+class ReportConfig(_Section):
+    """The report that is written beside the output; `hourly_cost` is what the whole cluster costs, in any currency."""
+
+    enabled: bool = True
+    """Write `<output>_report` at the end of a run."""
+    hourly_cost: Annotated[float, Field(ge=0)] | None = None
+    """What the whole cluster costs an hour, in any currency; null: costs are not told."""
 
 
 class JobConfig(_Section):
@@ -194,12 +266,21 @@ class JobConfig(_Section):
     output: OutputConfig
     generation: GenerationConfig = GenerationConfig()
     job: JobSettings = JobSettings()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")
     def _input_is_safe(self) -> Self:
         read = (self.input.table or self.input.path or "").rstrip("/")
-        if read in {self.output.place, self.output.usage_place}:
+        if read in {self.output.name, self.output.place, self.output.usage_place}:
             raise ValueError(f"the output {read} is the input itself")
+        return self
+
+    @model_validator(mode="after")
+    def _increments_add_up(self) -> Self:
+        if self.input.incremental and (self.output.mode != "resume" or self.output.orphans != "keep"):
+            raise ValueError(
+                "input.incremental needs output.mode resume and output.orphans keep: old rows are not read"
+            )
         return self
 
     def with_defaults(self, params: GenerationParams) -> "JobConfig":

@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 
 from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS
 from phibatch.errors import ErrorRateExceeded, InputError, ModelError, OutputError
-from phibatch.job.generate import build_predict, generate
+from phibatch.job.generate import Lineage, build_predict, generate
 from phibatch.job.output import read_responses, read_usage
 from phibatch.job.pipeline import run_batch
 from phibatch.job.plan import group, identify
@@ -97,7 +97,7 @@ def test_the_model_is_evaluated_once(spark, job, write_parquet, demo_model):
     prompts = read_prompts(spark, config.input)
     columns = check_columns(prompts, config.input)
     plan = group(identify(build_requests(prompts, columns, config.input, config.generation), demo_model.digest))
-    frame = generate(plan, build_predict(spark, demo_model, config.model, config.job), demo_model, "run")
+    frame = generate(plan, build_predict(spark, demo_model, config.model, config.job), Lineage("m", "run"))
     assert evaluations(frame) == 1
     assert (
         evaluations(frame.where(F.col("error.code").isNull() & (F.length("response") > 0)).select("usage", "response"))

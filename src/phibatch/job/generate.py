@@ -1,6 +1,7 @@
 """Applying the model to a plan, through MLflow's Spark UDF. Its raw answers do not leave this file."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlflow
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -8,45 +9,86 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
 
 from phibatch.config import JobSettings, ModelConfig
-from phibatch.contract import COMPLETION_TYPE, RESPONSE_COLUMNS, ErrorCode
+from phibatch.contract import COMPLETION_TYPE, EXTRA_COLUMNS, RESPONSE_COLUMNS, ErrorCode
+from phibatch.errors import InputError, ModelError
 from phibatch.model.registry import ResolvedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a run's responses come from.
+
+    Attributes:
+        model: the model's URI, by version.
+        run_id: the MLflow run.
+        prompt_version: the registered prompts; None where there are none.
+    """
+
+    model: str
+    run_id: str
+    prompt_version: str | None = None
+
 
 Predict = Callable[[Column], Column]
 
 
-def build_predict(spark: SparkSession, model: ResolvedModel, config: ModelConfig, job: JobSettings) -> Predict:
-    """The model as a function of a column of requests. Once a run: MLflow sends the model to the cluster here."""
+def build_predict(
+    spark: SparkSession, model: ResolvedModel, config: ModelConfig, job: JobSettings, *, count_only: bool = False
+) -> Predict:
+    """The model as a function of a column of requests. Once a run: MLflow sends the model to the cluster here.
+
+    With `count_only` it generates nothing: completions are empty, and have their prompts' tokens or an error.
+
+    Raises:
+        ModelError: the model was logged by a version of phibatch that did not know an option.
+    """
     params = {
         "engine": config.engine.value,
         "batch_size": config.batch_size,
-        "memory": config.memory or 0,
+        # MLflow takes an int, and no class of int.
+        "memory": int(config.memory or 0),
         "row_timeout": job.row_timeout or 0.0,
         "worker_timeout": job.worker_timeout,
+        **({"count_only": True} if count_only else {}),
     }
+    unknown = params.keys() - model.options
+    if unknown:
+        # MLflow would drop them with no more than a warning.
+        raise ModelError(
+            f"model {model.uri} was logged by an earlier phibatch, which had no {min(unknown)}: log it again"
+        )
     predict = mlflow.pyfunc.spark_udf(spark, model.uri, result_type=COMPLETION_TYPE, params=params)
     # Deterministic functions may be evaluated again for every field that is read of their result.
     predict = predict.asNondeterministic()
     return lambda request: predict(F.struct(request.alias("request")))
 
 
-def response_schema(prompts: DataFrame, keep_columns: Sequence[str]) -> StructType:
-    """The response table's columns: the contract's, then the input's that are kept, as they are there."""
+def response_schema(prompts: DataFrame, keep_columns: Sequence[str], extras: Sequence[str] = ()) -> StructType:
+    """The response table's columns: the contract's, with `extras` of its `EXTRA_COLUMNS`, then the input's kept ones.
+
+    Raises:
+        InputError: a kept column has the name of an extra one.
+    """
+    taken = [name for name in keep_columns if name.lower() in extras]
+    if taken:
+        raise InputError(f"output.keep_columns names {taken[0]}, which is a column of this response table itself")
     kept = prompts.select(*(F.col(f"`{name}`").alias(name) for name in keep_columns)).schema
-    own = (StructField(name, DataType.fromDDL(kind)) for name, kind in RESPONSE_COLUMNS.items())
+    columns = {**RESPONSE_COLUMNS, **{name: EXTRA_COLUMNS[name] for name in extras}}
+    own = (StructField(name, DataType.fromDDL(kind)) for name, kind in columns.items())
     return StructType([*own, *(StructField(field.name, field.dataType) for field in kept)])
 
 
-def generate(plan: DataFrame, predict: Predict, model: ResolvedModel, run_id: str) -> DataFrame:
+def generate(plan: DataFrame, predict: Predict, lineage: Lineage) -> DataFrame:
     """Response rows, still lazy: write them before anything else is done with them.
 
     Args:
         plan: rows with `request` and `rows`, as from `plan.group`; each partition is a task.
         predict: as from `build_predict`.
-        model: the model, by version.
-        run_id: the MLflow run.
+        lineage: of the rows.
 
     Returns:
-        One row per input row: `contract.RESPONSE_COLUMNS`, then the kept columns.
+        One row per input row: `contract.RESPONSE_COLUMNS`, those of `EXTRA_COLUMNS` that no kept column is named like,
+        and the kept columns.
     """
     generated = plan.select("rows", predict(F.col("request")).alias("completion")).select(
         F.explode("rows").alias("row"), "completion"
@@ -60,11 +102,19 @@ def generate(plan: DataFrame, predict: Predict, model: ResolvedModel, run_id: st
         "error": F.col("completion.error"),
         "created": F.timestamp_seconds("completion.created"),
         "generation_seconds": F.when(~failed, F.col("completion.generation_seconds")),
+        "choices": F.transform(
+            "completion.choices",
+            lambda each: F.struct(
+                each["index"].alias("index"),
+                each["message"]["content"].alias("response"),
+                F.when(~failed, each["finish_reason"]).alias("finish_reason"),
+            ),
+        ),
     }
-    return _respond(generated, answers, model, run_id)
+    return _respond(generated, answers, lineage)
 
 
-def refuse(plan: DataFrame, code: ErrorCode, message: Column, model: ResolvedModel, run_id: str) -> DataFrame:
+def refuse(plan: DataFrame, code: ErrorCode, message: Column, lineage: Lineage) -> DataFrame:
     """Response rows of a plan's rows that have no answer, in the shape of `generate`'s."""
     no_tokens = F.struct(*(F.lit(0).alias(f"{kind}_tokens") for kind in ("prompt", "completion", "total", "cached")))
     refusals = {
@@ -74,21 +124,25 @@ def refuse(plan: DataFrame, code: ErrorCode, message: Column, model: ResolvedMod
         "error": F.struct(F.lit(code.value).alias("code"), message.alias("message")),
         "created": F.current_timestamp(),
         "generation_seconds": F.lit(None),
+        "choices": F.array(),
     }
-    return _respond(plan.select("*", F.explode("rows").alias("row")), refusals, model, run_id)
+    return _respond(plan.select("*", F.explode("rows").alias("row")), refusals, lineage)
 
 
-def _respond(rows: DataFrame, values: dict[str, Column], model: ResolvedModel, run_id: str) -> DataFrame:
+def _respond(rows: DataFrame, values: dict[str, Column], lineage: Lineage) -> DataFrame:
     given = {
         "custom_id": F.col("row.custom_id"),
         "request_key": F.col("row.request_key"),
-        "model": F.lit(model.uri),
-        "run_id": F.lit(run_id),
+        "model": F.lit(lineage.model),
+        "run_id": F.lit(lineage.run_id),
+        "prompt_version": F.lit(lineage.prompt_version),
         **values,
     }
     kept = rows.select("row.kept").schema[0].dataType
     names = kept.names if isinstance(kept, StructType) else []
+    lowered = {name.lower() for name in names}
+    columns = {**RESPONSE_COLUMNS, **{name: kind for name, kind in EXTRA_COLUMNS.items() if name not in lowered}}
     return rows.select(
-        *(given[name].cast(kind).alias(name) for name, kind in RESPONSE_COLUMNS.items()),
+        *(given[name].cast(kind).alias(name) for name, kind in columns.items()),
         *(F.col("row.kept")[name].alias(name) for name in names),
     )

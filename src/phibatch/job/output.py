@@ -6,9 +6,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
-from phibatch.config import OutputConfig
+from phibatch.config import OPENAI_BATCH, OutputConfig
 from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS
 from phibatch.errors import OutputError
+from phibatch.job.files import Folder
 from phibatch.job.session import explain_failure, first_line
 from phibatch.job.work import WorkFolder
 
@@ -27,6 +28,8 @@ def check_output(spark: SparkSession, config: OutputConfig, prompts: DataFrame) 
     """
     files = _files(spark, config, config.place)
     if files is None:
+        if config.format == OPENAI_BATCH and config.mode != "overwrite" and Folder(spark, config.name).exists():
+            raise OutputError(f"the output {config.name} exists already, and no run has made it: name another")
         return False
     if set(files) & set(prompts.inputFiles()):
         raise OutputError(f"the output {config.place} holds the input itself, which would be overwritten")
@@ -73,9 +76,7 @@ class ResponseTable:
         found = read_responses(self._spark, self._config, self.schema)
         missing = [name for name in self.schema.names if name not in found.columns]
         if missing:
-            raise OutputError(
-                f"the output {self._config.place} has no column {missing[0]}, which output.keep_columns asks for"
-            )
+            raise OutputError(f"the output {self._config.place} has no column {missing[0]}, which this job writes")
         return found
 
     def append(self, responses: DataFrame) -> None:
@@ -84,7 +85,7 @@ class ResponseTable:
         Raises:
             EngineError, WorkerCrash, RunError: as `explain_failure`.
         """
-        writer = responses.select(*self.schema.names).write.format(self._config.format).mode(self._mode)
+        writer = responses.select(*self.schema.names).write.format(self._config.table_format).mode(self._mode)
         try:
             writer.saveAsTable(self._config.place) if self._config.table else writer.save(self._config.place)
         except (PySparkException, Py4JJavaError) as error:
@@ -136,7 +137,7 @@ class ResponseTable:
 
     @property
     def _in_files(self) -> bool:
-        return self._config.format.lower() in FILE_FORMATS
+        return self._config.table_format.lower() in FILE_FORMATS
 
 
 def read_responses(spark: SparkSession, config: OutputConfig, schema: StructType | None = None) -> DataFrame:
@@ -152,7 +153,7 @@ def append_usage(spark: SparkSession, config: OutputConfig, usages: list[dict[st
         known = {row["run_id"] for row in read_usage(spark, config).select("run_id").collect()}
     rows = [tuple(usage[name] for name in USAGE_COLUMNS) for usage in usages if usage["run_id"] not in known]
     schema = ", ".join(f"{name} {kind}" for name, kind in USAGE_COLUMNS.items())
-    writer = spark.createDataFrame(rows, schema).coalesce(1).write.format(config.format).mode("append")
+    writer = spark.createDataFrame(rows, schema).coalesce(1).write.format(config.table_format).mode("append")
     writer.saveAsTable(config.usage_place) if config.table else writer.save(config.usage_place)
 
 
@@ -164,7 +165,7 @@ def read_usage(spark: SparkSession, config: OutputConfig) -> DataFrame:
 def _read(spark: SparkSession, place: str, config: OutputConfig, schema: StructType | None = None) -> DataFrame:
     if config.table:
         return spark.read.table(place)
-    reader = spark.read.format(config.format)
+    reader = spark.read.format(config.table_format)
     return (reader.schema(schema) if schema else reader).load(place)
 
 

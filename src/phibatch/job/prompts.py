@@ -10,9 +10,10 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from phibatch.config import GenerationConfig, InputConfig
+from phibatch.config import OPENAI_BATCH, GenerationConfig, InputConfig
 from phibatch.contract import NUMBERS, ROLES, Bounds
 from phibatch.errors import InputError
+from phibatch.job.openai_batch import COLUMNS, LINE, PROBLEM, parse_lines
 from phibatch.job.session import first_line
 
 MESSAGES_TYPE = "array<struct<role:string,content:string>>"
@@ -20,22 +21,28 @@ ANY_TEXT = r"(?U)\S"
 
 
 def read_prompts(spark: SparkSession, config: InputConfig) -> DataFrame:
-    """Open the input table.
+    """Open the input table, or a batch file as its lines; with Spark's `_metadata`.
 
     Raises:
         InputError: it is absent or can not be read, in one sentence.
     """
     place = f"input.path {config.path}" if config.table is None else f"input.table {config.table}"
-    options = {key: value.get_secret_value() for key, value in config.options.items()}
+    reader = spark.read.options(**{key: value.get_secret_value() for key, value in config.options.items()})
+    file_format = "text" if config.format == OPENAI_BATCH else config.format
     try:
         if config.table is not None:
-            return spark.read.options(**options).table(config.table)
-        return spark.read.format(config.format).options(**options).load(config.path)
+            return reader.table(config.table)
+        return reader.format(file_format).load(config.path)
     except (PySparkException, Py4JJavaError) as error:
         condition = error.getCondition() if isinstance(error, PySparkException) else None
         if condition in {"PATH_NOT_FOUND", "TABLE_OR_VIEW_NOT_FOUND"}:
             raise InputError(f"{place} does not exist") from error
         raise InputError(f"{place} can not be read as {config.format}: {first_line(error)}") from error
+
+
+def parse_prompts(table: DataFrame, config: InputConfig) -> DataFrame:
+    """What `read_prompts` opened, with the job's columns."""
+    return parse_lines(table) if config.format == OPENAI_BATCH else table
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,8 @@ def check_columns(df: DataFrame, config: InputConfig, keep_columns: tuple[str, .
         InputError: a column is missing or of another type; the sentence names it, and the nearest one there is.
     """
     types = {field.name.lower(): field.dataType for field in df.schema}
-    wanted = config.columns.model_dump()
+    batch = config.format == OPENAI_BATCH
+    wanted = (COLUMNS if batch else config.columns).model_dump(exclude_none=True)
     names = {word: name for word, name in wanted.items() if name.lower() in types}
     for word in config.columns.model_fields_set:
         if word not in names:
@@ -113,13 +121,17 @@ def build_requests(
     conversation = F.coalesce(messages, F.when(prompt.isNotNull(), F.array(_message("user", prompt))))
     params = {word: _param(word, columns, generation) for word in NUMBERS}
     stop = _stop(columns, generation)
+    batch = config.format == OPENAI_BATCH
     reasons = [
+        *([F.col(PROBLEM)] if batch else []),
         _conversation_reason(prompt, messages, kinds, columns, config),
         F.when(own_system & system.rlike(ANY_TEXT), "the row has a system column and a system message"),
         *(_number_reason(word, params[word], NUMBERS[word]) for word in NUMBERS),
         F.when(F.exists(stop, lambda text: text.isNull() | (text == "")), "stop holds an empty string"),
     ]
     whole = {word: params[word].try_cast("bigint") if NUMBERS[word].whole else params[word] for word in NUMBERS}
+    # One answer is as good as no number, as it was when there was none.
+    whole["n"] = F.when(whole["n"] != 1, whole["n"])
     # The row's own words; what the configuration adds to all rows is not among them.
     content = [columns[word].alias(word) for word in columns.names if word != "custom_id"]
     kept = F.struct(*(_column(name).alias(name) for name in keep_columns))
@@ -127,7 +139,7 @@ def build_requests(
         (columns["custom_id"].cast("string") if "custom_id" in columns else F.lit(None).cast("string")).alias(
             "_custom_id"
         ),
-        F.to_json(F.struct(*content, prompt.alias("_prompt"))).alias("_content"),
+        (F.col(LINE) if batch else F.to_json(F.struct(*content, prompt.alias("_prompt")))).alias("_content"),
         F.when(has_opening, F.concat(F.array(_message("system", opening)), conversation))
         .otherwise(conversation)
         .cast(MESSAGES_TYPE)
