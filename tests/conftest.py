@@ -126,7 +126,7 @@ def write_parquet(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Callable[..., JobConfig]:
-    """A job on the embedded model with the echo engine, unless the test says otherwise."""
+    """A job on the embedded model with the echo engine and without a report, unless the test says otherwise."""
 
     def build(path: str, **sections: dict[str, Any]) -> JobConfig:
         document: dict[str, dict[str, Any]] = {
@@ -134,6 +134,8 @@ def job(tmp_path: Path) -> Callable[..., JobConfig]:
             "model": {"uri": "models:/demo@champion", "engine": "echo"},
             "output": {"path": str(tmp_path / "output")},
             "job": {"max_error_rate": 1},
+            # Tests of the report ask for one.
+            "report": {"enabled": False},
         }
         for section, values in sections.items():
             document.setdefault(section, {}).update(values)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 from rich.console import Console
 
 import phibatch
+from phibatch.config import JobConfig, read_config
 from phibatch.contract import GenerationParams
 from phibatch.errors import ConfigError, PhibatchError
 
@@ -23,6 +23,19 @@ MODEL_OPTIONS = [
     click.option("--max-tokens", type=int, help="The limit where neither row nor job sets one (300)."),
     click.option("--temperature", type=float, help="The temperature where neither row nor job sets one (0: greedy)."),
 ]
+
+JOB_OPTIONS = [
+    click.option("--config", "config_file", type=click.Path(path_type=Path), help="The job's YAML file."),
+    click.option(
+        "--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable."
+    ),
+    click.option("--input", "input_path", help="Override input.path."),
+    click.option("--output", "output_path", help="Override output.path."),
+    click.option("--model", "model_uri", help="Override model.uri."),
+]
+
+DEFAULT_SAMPLE = 48
+"""Rows of a calibration: three times the slots of an engine."""
 
 
 class _Commands(click.Group):
@@ -71,7 +84,6 @@ def _model_options(command: Any) -> Any:
 @_model_options
 def log_onnx(name: str, alias: str | None, **options: Any) -> None:
     """Log an onnxruntime-genai folder as a pyfunc model; the last line printed is its URI."""
-    # Imported when asked for: `phibatch --help` needs neither Spark nor MLflow.
     from phibatch.model import registry
 
     defaults = _defaults(options)
@@ -118,39 +130,105 @@ def _folder(options: dict[str, Any], files: tuple[str, ...] | None = None) -> Pa
     return model_dir or hub.download_folder(options["hf_repo"], options["subfolder"], options["revision"], files)
 
 
+def _job_options(command: Any) -> Any:
+    for option in reversed(JOB_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="The job's YAML file.")
-@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
-@click.option("--input", "input_path", help="Override input.path.")
-@click.option("--output", "output_path", help="Override output.path.")
-@click.option("--model", "model_uri", help="Override model.uri.")
+@_job_options
 @click.option("--show", type=click.IntRange(min=0), default=0, help="Print this many answers at the end.")
-def run(
-    config_file: Path | None,
-    settings: tuple[str, ...],
-    input_path: str | None,
-    output_path: str | None,
-    model_uri: str | None,
-    show: int,
-) -> None:
+def run(show: int, **options: Any) -> None:
     """Answer every row of a table."""
-    from phibatch.config import read_config
+    config = _read_config(options)
 
-    overrides = dict(_split(setting) for setting in settings)
-    named = {"input.path": input_path, "output.path": output_path, "model.uri": model_uri}
-    config = read_config(config_file, overrides, {key: value for key, value in named.items() if value is not None})
-
+    from phibatch.job.console import Reporter
     from phibatch.job.output import read_responses
     from phibatch.job.pipeline import run_batch
-    from phibatch.job.progress import Reporter
+
+    spark = _open_session(config.job.name)
+    reporter = Reporter(Console())
+    run_batch(spark, config, reporter)
+    reporter.show_answers(read_responses(spark, config.output), show)
+
+
+@main.command()
+@_job_options
+@click.option(
+    "--calibrate",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=DEFAULT_SAMPLE,
+    metavar="[ROWS]",
+    help=f"Generate for a sample of so many rows ({DEFAULT_SAMPLE}) to estimate time and cost.",
+)
+@click.option("--executors", type=click.IntRange(min=1), help="Estimate for so many executors, ...")
+@click.option("--cores", type=click.IntRange(min=1), help="... of so many cores each, instead of those there are.")
+def validate(calibrate: int | None, executors: int | None, cores: int | None, **options: Any) -> None:
+    """Say what a run would do, without doing it.
+
+    Nothing is written, and nothing generated but a sample with --calibrate. Ends with exit code 2 when the run would
+    fail.
+    """
+    config = _read_config(options)
+
+    from phibatch.job.console import Reporter
+    from phibatch.job.validate import validate_job
+
+    spark = _open_session(config.job.name)
+    validation = validate_job(spark, config, calibrate, executors, cores)
+    Reporter(Console()).say_validation(validation)
+    validation.check()
+
+
+@main.command()
+@click.argument("output")
+@click.option("--format", "file_format", default="parquet", help="The format of the output's files.")
+@click.option("--run-id", help="Only of the rows that this run wrote.")
+@click.option("--hourly-cost", type=click.FloatRange(min=0), help="What the whole cluster costs an hour.")
+@click.option("--compare", "other", metavar="OUTPUT", help="Another output to compare it with, in the report.")
+def report(output: str, file_format: str, run_id: str | None, hourly_cost: float | None, other: str | None) -> None:
+    """Write the report of an output (again), to OUTPUT_report; the last line printed is where."""
+    from phibatch.job.publish import find_output, publish_report
+
+    spark = _open_session("phibatch report")
+    found = find_output(spark, output, file_format)
+    compared = find_output(spark, other, file_format) if other else None
+    click.echo(publish_report(spark, found, run_id=run_id, hourly_cost=hourly_cost, other=compared))
+
+
+@main.command()
+@click.argument("output_a")
+@click.argument("output_b")
+@click.option("--format", "file_format", default="parquet", help="The format of the outputs' files.")
+@click.option("--samples", type=click.IntRange(min=0), default=5, help="Show so many of the answers that differ.")
+def compare(output_a: str, output_b: str, file_format: str, samples: int) -> None:
+    """Compare the answers of two runs over the same rows; the last line printed is a page with the same."""
+    from phibatch.job.console import Reporter
+    from phibatch.job.publish import find_output, publish_comparison, read_comparison
+
+    spark = _open_session("phibatch compare")
+    first, second = (find_output(spark, output, file_format) for output in (output_a, output_b))
+    comparison = read_comparison(spark, first, second, samples)
+    Reporter(Console()).say_comparison(comparison)
+    click.echo(publish_comparison(spark, comparison, second))
+
+
+def _read_config(options: dict[str, Any]) -> JobConfig:
+    overrides = dict(_split(setting) for setting in options["settings"])
+    named = {"input.path": "input_path", "output.path": "output_path", "model.uri": "model_uri"}
+    values = {key: options[name] for key, name in named.items() if options[name] is not None}
+    return read_config(options["config_file"], overrides, values)
+
+
+def _open_session(name: str) -> Any:
+    # Imported when asked for: `phibatch --help` needs neither Spark nor MLflow.
     from phibatch.job.session import open_session
     from phibatch.model.registry import use_default_tracking
 
     use_default_tracking()
-    spark = open_session(config.job.name)
-    reporter = Reporter(Console(stderr=False))
-    run_batch(spark, config, reporter)
-    reporter.show_answers(read_responses(spark, config.output), show)
+    return open_session(name)
 
 
 def _split(setting: str) -> tuple[str, str]:
@@ -160,5 +238,14 @@ def _split(setting: str) -> tuple[str, str]:
     return key.strip(), value
 
 
+def start() -> None:
+    """What the wheel's `phibatch` starts. Success is a return: Databricks takes any SystemExit for a failure."""
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

@@ -1,0 +1,293 @@
+"""What a run would do, found out without doing it."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from py4j.protocol import Py4JJavaError
+from pyspark import StorageLevel
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+
+from phibatch.config import JobConfig
+from phibatch.errors import ConfigError, InputError, ModelError
+from phibatch.job.answer import find_finished
+from phibatch.job.check import CheckedJob, check_job
+from phibatch.job.generate import build_predict
+from phibatch.job.plan import group, match, number_responses
+from phibatch.job.session import count_slots, explain_failure
+from phibatch.job.work import WorkFolder
+
+MOST_REASONS = 10
+BINS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """How long prompts are, in tokens, over the requests that are to be generated: exact, of all of them.
+
+    Attributes:
+        total: tokens of all.
+        bins: equal stretches of lengths, each with its first and last length and how many requests have one of them.
+    """
+
+    total: int
+    mean: float
+    median: int
+    p95: int
+    p99: int
+    high: int
+    bins: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run would take, from a sample that was generated.
+
+    Attributes:
+        sample_rows, sample_seconds: how many were generated, on `slots` task slots of `task_cores`, and in what time;
+            starting the workers and loading the model is not in it.
+        completion_tokens: of a row of the sample, on average.
+        executors, cores: what the estimate is for; an executor runs one task with all its cores.
+        seconds: of the whole run.
+        total_tokens: of prompts and completions.
+        cost: at the hourly cost of the cluster, by cores; None without one.
+    """
+
+    sample_rows: int
+    sample_seconds: float
+    slots: int
+    task_cores: int
+    completion_tokens: float
+    executors: int
+    cores: int
+    seconds: float
+    total_tokens: float
+    cost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What would become of an input's rows.
+
+    Attributes:
+        rows: of the input: the sum of the following, where `duplicates` share the answers of `to_generate`.
+        reasons: why rows are rejected, the most frequent first, and `other reasons` after ten.
+        refused: rows, of those to generate, that the engine would refuse, by error code.
+        error_rate, max_error_rate: the share of all rows that would fail, and what the job allows.
+        prompt_tokens: None where nothing is to be generated.
+        estimate: None without a sample.
+    """
+
+    rows: int
+    done: int
+    rejected: int
+    to_generate: int
+    duplicates: int
+    reasons: dict[str, int]
+    refused: dict[str, int]
+    max_error_rate: float
+    prompt_tokens: PromptTokens | None
+    estimate: Estimate | None
+
+    def check(self) -> None:
+        """Raise InputError when the run would fail: more rows than it allows would."""
+        failed = self.rejected + sum(self.refused.values())
+        if failed > self.rows * self.max_error_rate:
+            raise InputError(
+                f"the run would fail: {failed:,} of {self.rows:,} rows would, more than job.max_error_rate ="
+                f" {self.max_error_rate:g} allows"
+            )
+
+
+def validate_job(
+    spark: SparkSession,
+    config: JobConfig,
+    sample: int | None = None,
+    executors: int | None = None,
+    cores: int | None = None,
+) -> Validation:
+    """Look at a job, its rows and its model. The output is claimed meanwhile, and left as it was.
+
+    Args:
+        spark: the session.
+        config: the job.
+        sample: how many rows to generate for each task slot, to estimate time and cost; None for no estimate.
+        executors: what the estimate is for; None for what there is.
+        cores: of each executor.
+
+    Raises:
+        UserError: the run would fail.
+    """
+    if (executors or cores) and not sample:
+        raise ConfigError("--executors and --cores are for an estimate: give --calibrate as well")
+    job = check_job(spark, config)
+    work = WorkFolder(spark, config.output)
+    with work.visited():
+        rows = _match(spark, job, work).persist(StorageLevel.DISK_ONLY)
+        todo = group(rows.where(~F.col("done")).drop("done")).persist(StorageLevel.DISK_ONLY)
+        try:
+            counts = rows.groupBy("done", "reason").count().collect()
+            requests = todo.where("request IS NOT NULL").select("request", F.size("rows").alias("rows"))
+            return _validate(spark, job, counts, requests, sample, (executors, cores))
+        except (PySparkException, Py4JJavaError) as error:
+            raise ModelError(f"the run would fail: {explain_failure(error)}") from error
+        finally:
+            todo.unpersist()
+            rows.unpersist()
+
+
+def _match(spark: SparkSession, job: CheckedJob, work: WorkFolder) -> DataFrame:
+    """The rows, with whether they are done: in the table, or by a run that died before it put them there."""
+    table = job.open_table(spark)
+    there = table.read()
+    finished = find_finished(work, table, job.config.output.mode)
+    if there is not None:
+        there = there.select(*table.schema.names)
+    found = there.unionByName(finished) if there is not None and finished is not None else there or finished
+    if found is None:
+        return job.rows.withColumn("done", F.lit(False))
+    return match(job.rows, number_responses(found), job.config.job.retry)
+
+
+def _validate(
+    spark: SparkSession,
+    job: CheckedJob,
+    counts: Sequence[Row],
+    requests: DataFrame,
+    sample: int | None,
+    cluster: tuple[int | None, int | None],
+) -> Validation:
+    slots = count_slots(spark)
+    config = job.config
+    predict = build_predict(spark, job.model, config.model, config.job, count_only=True)
+    counted = (
+        requests.repartition(slots)
+        .select("rows", predict(F.col("request")).alias("completion"))
+        .groupBy(F.col("completion.error.code").alias("code"), F.col("completion.usage.prompt_tokens").alias("tokens"))
+        .agg(F.count("*").alias("requests"), F.sum("rows").alias("rows"))
+        .collect()
+    )
+    reasons: dict[str, int] = {}
+    for row in sorted(counts, key=lambda row: -row["count"]):
+        if row["reason"] is not None and not row["done"]:
+            name = row["reason"] if len(reasons) < MOST_REASONS else "other reasons"
+            reasons[name] = reasons.get(name, 0) + row["count"]
+    refused: dict[str, int] = {}
+    for row in counted:
+        if row["code"] is not None:
+            refused[row["code"]] = refused.get(row["code"], 0) + row["rows"]
+    lengths = {row["tokens"]: row["requests"] for row in counted if row["code"] is None}
+    rows = sum(row["count"] for row in counts)
+    done = sum(row["count"] for row in counts if row["done"])
+    rejected = sum(reasons.values())
+    to_generate = sum(row["requests"] for row in counted)
+    tokens = _describe_lengths(lengths)
+    estimate = None
+    if sample and tokens:
+        measured = _generate_sample(spark, job, requests, sample)
+        estimate = _estimate(measured, sum(lengths.values()), tokens, cluster, config.report.hourly_cost)
+    return Validation(
+        rows=rows,
+        done=done,
+        rejected=rejected,
+        to_generate=to_generate,
+        duplicates=rows - done - rejected - to_generate,
+        reasons=reasons,
+        refused=refused,
+        max_error_rate=config.job.max_error_rate,
+        prompt_tokens=tokens,
+        estimate=estimate,
+    )
+
+
+def _describe_lengths(lengths: dict[int, int]) -> PromptTokens | None:
+    """From how many requests there are of each length."""
+    if not lengths:
+        return None
+    ordered = sorted(lengths.items())
+    count = sum(lengths.values())
+
+    def at(share: float) -> int:
+        below = 0
+        for length, requests in ordered:
+            below += requests
+            if below >= share * count:
+                return length
+        return ordered[-1][0]
+
+    low, high = ordered[0][0], ordered[-1][0]
+    width = math.ceil((high - low + 1) / BINS)
+    bins = tuple(
+        (first, first + width - 1, sum(lengths.get(length, 0) for length in range(first, first + width)))
+        for first in range(low, high + 1, width)
+    )
+    total = sum(length * requests for length, requests in ordered)
+    return PromptTokens(total, total / count, at(0.5), at(0.95), at(0.99), high, bins)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    rows: int
+    seconds: float
+    completion_tokens: int
+    slots: int
+    task_cores: int
+
+
+def _generate_sample(spark: SparkSession, job: CheckedJob, requests: DataFrame, sample: int) -> _Measured:
+    """Generate rows from all over the input, with all task slots at once, and throw the answers away."""
+    slots = count_slots(spark)
+    predict = build_predict(spark, job.model, job.config.model, job.config.job)
+    # By content, so that the next sample is the same.
+    chosen = requests.orderBy(F.xxhash64("request")).limit(sample * slots).collect()
+    table = spark.createDataFrame(chosen, requests.schema)
+
+    def run(rows: DataFrame) -> Row:
+        answers = rows.repartition(slots).select(predict(F.col("request")).alias("completion"))
+        return answers.agg(
+            F.count("*").alias("rows"), F.sum("completion.usage.completion_tokens").alias("tokens")
+        ).collect()[0]
+
+    # Workers start and load the model at their first row.
+    run(table.limit(slots))
+    began = time.monotonic()
+    found = run(table)
+    return _Measured(
+        found["rows"],
+        time.monotonic() - began,
+        found["tokens"] or 0,
+        slots,
+        int(spark.conf.get("spark.task.cpus", "1") or 1),
+    )
+
+
+def _estimate(
+    measured: _Measured,
+    rows: int,
+    tokens: PromptTokens,
+    cluster: tuple[int | None, int | None],
+    hourly_cost: float | None,
+) -> Estimate:
+    executors = cluster[0] or measured.slots
+    cores = cluster[1] or measured.task_cores
+    used = min(measured.slots, measured.rows)
+    slot_seconds = measured.seconds * used / measured.rows * measured.task_cores / cores
+    seconds = rows * slot_seconds / min(executors, rows)
+    a_row = measured.completion_tokens / measured.rows
+    share = executors * cores / (measured.slots * measured.task_cores)
+    cost = None if hourly_cost is None else hourly_cost * share * seconds / 3600
+    return Estimate(
+        measured.rows,
+        measured.seconds,
+        measured.slots,
+        measured.task_cores,
+        a_row,
+        executors,
+        cores,
+        seconds,
+        tokens.total + rows * a_row,
+        cost,
+    )
