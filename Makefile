@@ -16,10 +16,10 @@ export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 export SPARK_LOCAL_IP := 127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak test-wheel lint format build bench clean java python
+.PHONY: help run test soak test-wheel lint format docs build cluster-archive bench clean java python
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 run: $(VENV)/.core java ## Log the embedded model and run the job on the sample prompts
 	@$(BIN)/phibatch log onnx --name phibatch-demo --alias champion \
@@ -50,14 +50,26 @@ format: $(VENV)/.dev ## Put the code into the one style
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
+docs: $(VENV)/.core ## Write docs/configuration.md anew
+	@$(BIN)/python jobs/write_reference.py
+
 build: $(VENV)/.dev ## Build the wheel into dist/
 	@rm -rf dist && PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --wheel --outdir dist . >/dev/null && ls dist
+
+cluster-archive: build ## Pack what executors need, for spark-submit --archives (EXTRAS='[transformers]')
+	@rm -rf .venv-archive && $(PYTHON) -m venv .venv-archive
+	@.venv-archive/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  "$$(ls dist/phibatch-*.whl)$(EXTRAS)"
+	@# Spark is the cluster's own.
+	@.venv-archive/bin/python -m pip uninstall --quiet --yes pyspark pip
+	@$(BIN)/venv-pack --quiet --force --prefix .venv-archive --output dist/phibatch-environment.tar.gz
+	@rm -rf .venv-archive && ls -sh dist/phibatch-environment.tar.gz
 
 bench: $(VENV)/.bench java ## Measure the ways of answering against each other (BENCH='--rounds 1 --rows 12')
 	@$(BIN)/python jobs/benchmark.py $(BENCH)
 
 clean: ## Remove what the targets have made
-	rm -rf $(VENV) .venv-wheel dist output mlruns mlflow.db .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-wheel .venv-archive dist output mlruns mlflow.db .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/.core: pyproject.toml constraints.txt | python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import venv
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,10 +38,12 @@ def environment(tracking: str) -> dict[str, str]:
 
 
 class Cluster:
-    """A standalone cluster on loopback, one master and two workers of one core each."""
+    """A standalone cluster on loopback, one master and two workers, of one core each unless told otherwise."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], cores: int = 1) -> None:
+        self.python = sys.executable
         self._folder = folder
+        self._cores = cores
         self._environment = {**environment, "SPARK_WORKER_DIR": str(folder / "work")}
         self._logs = 0
         self._page = free_port()
@@ -77,7 +80,9 @@ class Cluster:
         return process.ppid() in {worker.pid for worker in self.workers}
 
     def _start_worker(self) -> "subprocess.Popen[bytes]":
-        return self._start("worker.Worker", "--cores", "1", "--memory", "2g", "--webui-port", "0", self.url)
+        return self._start(
+            "worker.Worker", "--cores", str(self._cores), "--memory", "4g", "--webui-port", "0", self.url
+        )
 
     def _start(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
         self._logs += 1
@@ -90,6 +95,32 @@ class Cluster:
         while count_workers(self._page) < len(self.workers):
             assert time.monotonic() < deadline, "the cluster did not start"
             time.sleep(0.3)
+
+
+@pytest.fixture
+def big_cluster(tmp_path: Path, environment: dict[str, str]) -> Iterator[Cluster]:
+    """Of such machines as conf/spark-defaults.conf is written for, if not in truth."""
+    (tmp_path / "cluster").mkdir()
+    cluster = Cluster(tmp_path / "cluster", environment, cores=4)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def bare_cluster(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Cluster]:
+    """One whose machines know nothing of this Python: its own, `python`, has no packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder / "venv")
+    own = {name: value for name, value in environment.items() if not name.startswith("PY")}
+    own["PATH"] = os.pathsep.join([str(folder / "venv" / "bin"), "/usr/bin", "/bin"])
+    cluster = Cluster(folder, own, cores=4)
+    cluster.python = str(folder / "venv" / "bin" / "python")
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture(scope="session")
