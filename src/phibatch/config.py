@@ -188,7 +188,8 @@ class OutputConfig(_Section):
     orphans: Literal["keep", "drop"] = "keep"
     """Whether responses whose input row is gone are kept."""
     work_path: str | None = None
-    """Where a folder is made for what a run needs to resume; null: `<output>_work`."""
+    """Where a folder is made for what a run needs to resume; null: `<output>_work`. For a table, also where its
+    report goes."""
     keep_columns: tuple[str, ...] = ()
     """Input columns to carry through."""
 

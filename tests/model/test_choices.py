@@ -56,6 +56,15 @@ def test_a_number_of_answers_belongs_to_the_request(run):
     assert again["a"]["request_key"] == before["a"]["request_key"]
 
 
+def test_choices_stay_when_the_next_run_has_one(run):
+    """The column is the table's from then on, with the only answer of new rows in it."""
+    old, new = ({"custom_id": key, "prompt": f"Tell me about {key}"} for key in ("tea", "rain"))
+    run("out", [old], generation={**WARM, "n": 2})
+    summary, table, columns = run("out", [new], generation=WARM)
+    assert (summary.rows, columns[-1]) == (1, "choices")
+    assert [len(table[key]["choices"]) for key in ("tea", "rain")] == [2, 1]
+
+
 def test_rows_may_have_numbers_of_their_own(run):
     """In the column that the configuration names; a column that happens to be called `n` is data."""
     rows = [{"custom_id": str(n), "prompt": "hello", "n": n} for n in (1, 2, 500)]

@@ -1,6 +1,7 @@
+import pyarrow as pa
 import pytest
 
-from phibatch.errors import ConfigError, InputError
+from phibatch.errors import ConfigError, ErrorRateExceeded, InputError
 from phibatch.job.output import read_responses
 from phibatch.job.pipeline import run_batch
 
@@ -49,6 +50,36 @@ def test_files_of_a_run_that_died_are_read_again(nightly, monkeypatch):
             nightly(monday={"a": "one"})
     summary, asked, ids = nightly()
     assert (summary.skipped, asked, ids) == (1, [], ["a"])
+
+
+@pytest.mark.usefixtures("counting")
+def test_old_rows_stay_as_they_are(spark, job, write_parquet, nightly, tmp_path):
+    """Copies that were rejected are rows too, and stay when their file is not read."""
+    (tmp_path / "inbox").mkdir(exist_ok=True)
+    texts = pa.schema([("custom_id", pa.string()), ("prompt", pa.string())])
+    write_parquet([{"custom_id": "twice", "prompt": None}] * 2, "inbox/bad", texts)
+    assert nightly()[2] == ["twice", "twice"]
+    assert nightly(monday={"a": "one"})[2] == ["a", "twice", "twice"]
+    assert nightly(monday={"a": "two"})[2] == ["a", "twice", "twice"]
+
+
+def test_a_bad_night_is_told_whatever_the_nights_before_were(spark, job, write_parquet, tmp_path):
+    """The rate is of the run's own rows, and its files are read again."""
+    (tmp_path / "inbox").mkdir()
+    config = job(str(tmp_path / "inbox"), input={"incremental": True}, job={"max_error_rate": 0.5})
+    write_parquet([{"custom_id": str(n), "prompt": "x"} for n in range(9)], "inbox/good")
+    run_batch(spark, config)
+    write_parquet([{"custom_id": "bad", "prompt": " "}], "inbox/bad")
+    with pytest.raises(ErrorRateExceeded, match="1 of 1 rows failed"):
+        run_batch(spark, config)
+    assert run_batch(spark, config).skipped == 1
+
+
+def test_rows_without_a_custom_id_have_no_increments(spark, job, write_parquet):
+    """A text that was answered before would be taken for that row."""
+    config = job(write_parquet([{"prompt": "x"}]), input={"incremental": True})
+    with pytest.raises(InputError, match="needs a column custom_id"):
+        run_batch(spark, config)
 
 
 def test_increments_need_what_keeps_old_rows(job):

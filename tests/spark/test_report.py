@@ -1,10 +1,13 @@
+import io
 import re
 
 import mlflow
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from phibatch.cli import main
+from phibatch.job.console import Reporter
 from phibatch.job.output import read_responses
 from phibatch.job.pipeline import run_batch
 from phibatch.job.publish import find_output, publish_report, read_comparison
@@ -129,6 +132,22 @@ def test_names_are_escaped(spark, job, write_parquet):
     assert "<img" not in page
 
 
+def test_a_format_without_a_schema_has_a_report(spark, job, write_parquet):
+    """JSON drops what is null in every row, and knows no times."""
+    config = job(write_parquet([{"prompt": "x"}]), output={"format": "json"}, report={"enabled": True})
+    run_batch(spark, config)
+    assert "succeeded" in spark.read.text(f"{config.output.path}_report/report.html", wholetext=True).collect()[0][0]
+
+
+def test_a_report_that_can_not_be_written_is_no_failed_run(spark, job, write_parquet, tmp_path):
+    """The rows are written, and the line that names the report says why there is none."""
+    (tmp_path / "output_report").write_text("in the way")
+    out = io.StringIO()
+    config = job(write_parquet([{"prompt": "x"}]), report={"enabled": True})
+    assert run_batch(spark, config, Reporter(Console(file=out, width=300))).succeeded == 1
+    assert "report    not written: " in out.getvalue()
+
+
 def test_progress_is_in_mlflow(ran):
     """The run's page shows committed rows and rates by step."""
     _, (first, _) = ran
@@ -149,7 +168,8 @@ def test_two_outputs_are_compared(spark, job, write_parquet, tmp_path):
     }
     outputs = []
     for place, name in enumerate("ab"):
-        rows = [{"custom_id": key, "prompt": pair[place]} for key, pair in texts.items()]
+        rows = [{"custom_id": "same", "prompt": "zz"}, {"custom_id": "same", "prompt": "zzz"}]
+        rows += [{"custom_id": key, "prompt": pair[place]} for key, pair in texts.items()]
         rows.append({"custom_id": f"only-{name}", "prompt": "alone"})
         config = job(write_parquet(rows, name), output={"path": str(tmp_path / name)})
         run_batch(spark, config)
@@ -161,6 +181,7 @@ def test_two_outputs_are_compared(spark, job, write_parquet, tmp_path):
         ("other", "one two", "three"),
     ]
     assert (comparison.first.succeeded, comparison.second.succeeded) == (5, 4)
+    assert comparison.first.rows == 7
     assert comparison.first.mean_tokens == pytest.approx(5 / 3)
     page = publish_report(spark, outputs[1], other=outputs[0])
     assert "Answers that differ" in spark.read.text(page, wholetext=True).collect()[0][0]

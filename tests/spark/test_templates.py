@@ -45,6 +45,9 @@ def test_a_prompt_that_can_not_be_used_is_told(run):
     mlflow.genai.register_prompt("open", "You like {{text}}")
     with pytest.raises(InputError, match="has variables"):
         run(system="prompts:/open/1", template="{text}")
+    mlflow.genai.register_prompt("shaped", "Say {{text:>9}}")
+    with pytest.raises(InputError, match="may only hold"):
+        run(template="prompts:/shaped/1")
     mlflow.genai.register_prompt("typo", "Say {{txt}}")
     with pytest.raises(InputError, match="the input has no column txt: did you mean text"):
         run(template="prompts:/typo/1")

@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-from phibatch.errors import ConfigError, InputError, ModelError, OutputError
+from phibatch.errors import ConfigError, ErrorRateExceeded, InputError, ModelError, OutputError
 from phibatch.job import work
 from phibatch.job.console import Reporter
 from phibatch.job.pipeline import run_batch
@@ -69,6 +69,30 @@ def test_a_sample_tells_time_and_cost(spark, job, write_parquet):
         validate_job(spark, config, executors=2)
 
 
+def test_what_failed_for_good_counts(spark, job, write_parquet):
+    """A table that has too many rejected rows ends the next run as it did this one."""
+    config = job(write_parquet(rows(None, None, "x")), job={"max_error_rate": 0.5})
+    with pytest.raises(ErrorRateExceeded):
+        run_batch(spark, config)
+    found = validate_job(spark, config)
+    assert (found.done, found.done_failed) == (3, 2)
+    with pytest.raises(InputError, match="2 of 3 rows would"):
+        found.check()
+
+
+def test_reasons_are_few_and_text(spark, job, write_parquet):
+    """Those that hold values are summed up after ten, and none is taken for markup."""
+    odd = [{"custom_id": "m", "messages": '[{"role": "[/user]", "content": "x"}]', "max_tokens": None}]
+    odd += [
+        {"custom_id": str(n), "messages": '[{"role": "user", "content": "x"}]', "max_tokens": -n} for n in range(14)
+    ]
+    found = validate_job(spark, job(write_parquet(odd)))
+    assert (found.rejected, len(found.reasons), sum(found.reasons.values())) == (15, 11, 15)
+    out = io.StringIO()
+    Reporter(Console(file=out, width=200)).say_validation(found)
+    assert "other reasons" in out.getvalue()
+
+
 def test_a_run_that_would_fail_is_refused(spark, job, write_parquet, tmp_path, monkeypatch):
     """Too many bad rows, an engine that breaks, another run at work: each is an error of the user's, exit code 2."""
     bad = job(write_parquet(rows(None, None, "x")), job={"max_error_rate": 0.5})
@@ -96,6 +120,8 @@ def test_a_look_leaves_what_a_dead_run_left(spark, job, write_parquet, monkeypat
         with pytest.raises(KeyboardInterrupt):
             run_batch(spark, config)
     found = validate_job(spark, config)
-    assert (found.done, found.to_generate) == (3, 0)
+    # Those of the chunks that had ended when it died.
+    assert found.done > 0
+    assert found.done + found.to_generate == 3
     assert json.loads((tmp_path / "output_work" / "owner.json").read_text())["left"]
-    assert run_batch(spark, config).skipped == 3
+    assert run_batch(spark, config).skipped == found.done

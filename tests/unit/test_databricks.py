@@ -99,7 +99,9 @@ def test_each_target_sets_what_has_no_default():
 def test_the_parameters_are_the_commands_own():
     """What the task is given is a command line of phibatch's, and makes a configuration once it is filled in."""
     values = {each["name"]: str(each["default"]) for each in JOB["parameters"]}
-    values.update(input="main.a.prompts", output="main.a.responses", model="models:/m@a", config="batch.yaml")
+    values.update(
+        input="main.a.prompts", output="main.a.responses", model="models:/m@a", config="b.yaml", work_path="w"
+    )
     parameters = list(JOB["tasks"][0]["python_wheel_task"]["parameters"])
     for name, value in values.items():
         parameters = [each.replace(f"{{{{job.parameters.{name}}}}}", value) for each in parameters]

@@ -4,6 +4,7 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from phibatch.job import console
 from phibatch.job.answer import Committed
@@ -52,8 +53,10 @@ def test_on_a_terminal_there_is_a_panel():
     out = io.StringIO()
     with Reporter(Console(file=out, force_terminal=True, width=100)).watch(COUNTS, lambda _: None) as advance:
         advance(Committed(generations=10, rows=15, failed=2, prompt_tokens=100, completion_tokens=50))
-        time.sleep(0.6)
-    shown = out.getvalue()
+        until = time.monotonic() + 10
+        while "7 failed" not in Text.from_ansi(out.getvalue()).plain and time.monotonic() < until:
+            time.sleep(0.05)
+    shown = Text.from_ansi(out.getvalue()).plain
     for piece in ("40", "of 100 rows", "rows/s", "tokens/s", "7 failed", "left"):
         assert piece in shown
 

@@ -14,7 +14,7 @@ from phibatch.contract import ErrorCode
 from phibatch.job.chunks import Chunk, Chunks, Sizes
 from phibatch.job.generate import Lineage, build_predict, generate, refuse
 from phibatch.job.output import ResponseTable
-from phibatch.job.plan import DUPLICATE, group, lay_out, mark, match, number_responses
+from phibatch.job.plan import group, is_duplicate, lay_out, mark, match, number_responses
 from phibatch.job.session import count_slots, explain_failure
 from phibatch.job.stage import StagedPlan
 from phibatch.job.work import CHUNKS, WorkFolder
@@ -43,7 +43,7 @@ def find_finished(work: WorkFolder, table: ResponseTable, mode: str) -> DataFram
         return finished
     known = ["custom_id", "request_key", "run_id"]
     # A copy that was rejected is another row.
-    own = there.where(~F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False)))
+    own = there.where(~is_duplicate())
     return finished.join(own.select(*known), known, "left_anti")
 
 
@@ -66,7 +66,7 @@ def stage(
     todo, numbered = rows, None
     if located is not None:
         numbered = number_responses(located)
-        todo = match(rows, numbered, config.job.retry).where(~F.col("done")).drop("done")
+        todo = match(rows, numbered, config.job.retry).where(~F.col("done")).drop("done", "code")
     plan = StagedPlan(work, lay_out(group(todo)), prompts)
     if located is None or numbered is None or located.count() == plan.counts.skipped:
         return plan, []
@@ -135,7 +135,7 @@ class Answers:
             return
         predict = build_predict(self._spark, self._model, config.model, config.job)
         parts = config.job.partitions
-        sizes = Sizes(math.ceil(rows / parts) if parts else config.job.chunk_rows)
+        sizes = Sizes(math.ceil(rows / parts) if parts else config.job.chunk_rows, config.generation.n)
 
         def answer(chunk: Chunk) -> None:
             self._write(chunk, generate(self._plan.take(chunk), predict, self._lineage))

@@ -6,9 +6,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
 from phibatch.config import JobConfig
+from phibatch.errors import InputError
 from phibatch.job.generate import response_schema
 from phibatch.job.increment import Increment
-from phibatch.job.output import ResponseTable, check_output
+from phibatch.job.output import ResponseTable, check_output, read_extras
 from phibatch.job.plan import identify
 from phibatch.job.prompts import build_requests, check_columns, parse_prompts, read_prompts
 from phibatch.job.templates import resolve_prompts
@@ -21,7 +22,7 @@ class CheckedJob:
     """A job that can be begun.
 
     Attributes:
-        config: with the model's own parameters where it sets none, and the texts of registered prompts.
+        config: with the model's own parameters where it sets none.
         model: by version.
         prompt_version: the registered prompts that it works with; None where there are none.
         prompts: the input table.
@@ -57,18 +58,22 @@ def check_job(spark: SparkSession, config: JobConfig) -> CheckedJob:
     columns = check_columns(prompts, source, keep_columns)
     check_output(spark, config.output, prompts)
     model = resolve_model(config.model.uri)
-    config = config.model_copy(update={"input": source}).with_defaults(model.defaults)
+    config = config.with_defaults(model.defaults)
     model.check_engine(config.model.engine)
     check_response_format(config.generation.response_format)
     increment = None
     if source.incremental:
+        if "custom_id" not in columns:
+            raise InputError(
+                "input.incremental needs a column custom_id: of rows that are not read nothing else is known"
+            )
         increment = Increment(spark, config.output, table)
         prompts = parse_prompts(increment.select(table), source)
     requests = build_requests(prompts, columns, source, config.generation, keep_columns)
-    extras = [
-        *(["choices"] if config.generation.n > 1 or "n" in columns else []),
-        *(["prompt_version"] if prompt_version else []),
-    ]
+    asked = {"choices": config.generation.n > 1 or "n" in columns, "prompt_version": prompt_version is not None}
+    # What the table has of earlier runs stays.
+    there = read_extras(spark, config.output)
+    extras = [name for name, wanted in asked.items() if wanted or name in there]
     return CheckedJob(
         config,
         model,

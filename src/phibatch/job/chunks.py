@@ -52,11 +52,13 @@ class Sizes:
 
     Args:
         chunk_rows: what the job sets; None is about two minutes of work, as the chunks before show it.
+        answers: how many are generated for each row.
     """
 
-    def __init__(self, chunk_rows: int | None) -> None:
+    def __init__(self, chunk_rows: int | None, answers: int = 1) -> None:
         self._fixed = chunk_rows
-        self._size = FIRST_ROWS
+        self._least = max(1, LEAST_ROWS // answers)
+        self._size = max(1, FIRST_ROWS // answers)
 
     def next(self, left: int, slots: int) -> int:
         """Rows of the next chunk, when so many are left for so many slots."""
@@ -65,18 +67,18 @@ class Sizes:
         # With several slots the last chunks are smaller, so that all end at about the same time.
         share = left if slots == 1 else math.ceil(left / (2 * slots))
         # Few rows for many slots are shared out all the same.
-        least = min(LEAST_ROWS, math.ceil(left / slots))
+        least = min(self._least, math.ceil(left / slots))
         return min(left, max(least, min(self._size, share)))
 
     def note(self, rows: int, seconds: float) -> None:
         """Learn from a chunk that was generated."""
         wanted = rows * TARGET_SECONDS / max(seconds, 0.001)
         if rows * GROWTH >= self._size:
-            self._size = max(LEAST_ROWS, min(int(wanted), rows * GROWTH))
+            self._size = max(self._least, min(int(wanted), rows * GROWTH))
 
     def shrink(self) -> None:
         """Learn from a process that died."""
-        self._size = max(LEAST_ROWS, self._size // 2)
+        self._size = max(self._least, self._size // 2)
 
 
 class Chunks:

@@ -6,6 +6,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from phibatch.errors import InputError
+from phibatch.job.plan import is_duplicate
 
 MEASURED = ("mean_tokens", "median_tokens", "mean_seconds", "length_cut")
 """What of a table is measured over the rows that both have answered."""
@@ -98,7 +99,8 @@ def compare_tables(
             F.col("usage.completion_tokens").alias(f"{side}_tokens"),
             F.col("generation_seconds").alias(f"{side}_seconds"),
         )
-        for side, table in zip("ab", tables, strict=True)
+        # Of rows with one custom_id the one that keeps it.
+        for side, table in zip("ab", (table.where(~is_duplicate()) for table in tables), strict=True)
     )
     both = F.col("a_code").isNull() & F.col("b_code").isNull()
     pairs = a.join(b, "custom_id").withColumns(

@@ -129,7 +129,7 @@ class Reporter:
         table.add_row("duplicates of those", f"{validation.duplicates:,}")
         table.add_row("rejected", f"{validation.rejected:,}")
         for reason, count in validation.reasons.items():
-            table.add_row(f"  {reason}", f"{count:,}")
+            table.add_row(Text(f"  {reason}"), f"{count:,}")
         table.add_row("refused by the engine", f"{sum(validation.refused.values()):,}")
         for code, count in validation.refused.items():
             table.add_row(f"  {code}", f"{count:,}")

@@ -11,10 +11,11 @@ from phibatch.job.session import first_line
 
 
 def beside(spark: SparkSession, config: OutputConfig, suffix: str) -> str:
-    """The path of what lies beside an output: `<output><suffix>`; beside a table, that is in the warehouse."""
+    """The path of what lies beside an output: `<output><suffix>`; of a table, in the work path or the warehouse."""
     if config.table is None:
         return f"{config.name}{suffix}"
-    return f"{str(spark.conf.get('spark.sql.warehouse.dir')).rstrip('/')}/{config.name}{suffix}"
+    parent = config.work_path or str(spark.conf.get("spark.sql.warehouse.dir"))
+    return f"{parent.rstrip('/')}/{config.name}{suffix}"
 
 
 class Folder:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import mlflow
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import DataType, StructField, StructType
+from pyspark.sql.types import StructField, StructType
 
 from phibatch.config import JobSettings, ModelConfig
 from phibatch.contract import COMPLETION_TYPE, EXTRA_COLUMNS, RESPONSE_COLUMNS, ErrorCode
 from phibatch.errors import InputError, ModelError
+from phibatch.job.output import build_schema
 from phibatch.model.registry import ResolvedModel
 
 
@@ -74,8 +75,7 @@ def response_schema(prompts: DataFrame, keep_columns: Sequence[str], extras: Seq
         raise InputError(f"output.keep_columns names {taken[0]}, which is a column of this response table itself")
     kept = prompts.select(*(F.col(f"`{name}`").alias(name) for name in keep_columns)).schema
     columns = {**RESPONSE_COLUMNS, **{name: EXTRA_COLUMNS[name] for name in extras}}
-    own = (StructField(name, DataType.fromDDL(kind)) for name, kind in columns.items())
-    return StructType([*own, *(StructField(field.name, field.dataType) for field in kept)])
+    return StructType([*build_schema(columns), *(StructField(field.name, field.dataType) for field in kept)])
 
 
 def generate(plan: DataFrame, predict: Predict, lineage: Lineage) -> DataFrame:

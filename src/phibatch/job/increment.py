@@ -6,7 +6,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from phibatch.config import OutputConfig
-from phibatch.errors import InputError
+from phibatch.errors import InputError, RunError
 from phibatch.job.files import Folder, beside
 from phibatch.job.session import first_line
 
@@ -45,10 +45,14 @@ class Increment:
         return table.where(F.col("_metadata.file_path").isin([file["path"] for file in self._new]))
 
     def note(self) -> None:
-        """Take the new files for read: every row of theirs has its response."""
+        """Take the new files for read: every row of theirs has its response. Raises RunError."""
         if self._new:
             noted = self._spark.createDataFrame(self._new, SCHEMA).coalesce(1)
-            noted.write.mode("append").parquet(self._place)
+            try:
+                noted.write.mode("append").parquet(self._place)
+            except (PySparkException, Py4JJavaError) as error:
+                told = f"all rows are written, but {self._place} can not be: {first_line(error)}"
+                raise RunError(f"{told}; the files will be read again") from error
 
     def _read(self) -> DataFrame:
         if not Folder(self._spark, self._place).exists():

@@ -3,12 +3,16 @@
 The formats are those of https://platform.openai.com/docs/api-reference/batch (`request-input`, `request-output`).
 """
 
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from phibatch.config import InputColumns
 from phibatch.contract import NUMBERS, ErrorCode
+from phibatch.errors import RunError
 from phibatch.job.files import Folder
+from phibatch.job.session import first_line
 from phibatch.job.work import WorkFolder
 
 PROBLEM = "_problem"
@@ -72,11 +76,14 @@ def parse_lines(text: DataFrame) -> DataFrame:
 
 
 def write_lines(spark: SparkSession, work: WorkFolder, responses: DataFrame, path: str) -> None:
-    """Write a response table as a batch file, one file whatever its size."""
+    """Write a response table as a batch file, one file whatever its size. Raises RunError where that can not be."""
     place = f"{work.place}/{work.own('lines')}"
-    _build_lines(responses).write.mode("overwrite").text(place)
     folder, _, name = path.rpartition("/")
-    Folder(spark, folder or ("/" if path.startswith("/") else ".")).join(place, name)
+    try:
+        _build_lines(responses).write.mode("overwrite").option("compression", "none").text(place)
+        Folder(spark, folder or ("/" if path.startswith("/") else ".")).join(place, name)
+    except (PySparkException, Py4JJavaError) as error:
+        raise RunError(f"all rows are answered, but {path} can not be written: {first_line(error)}") from error
 
 
 def _build_lines(responses: DataFrame) -> DataFrame:

@@ -4,10 +4,10 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructType
+from pyspark.sql.types import DataType, StructField, StructType
 
 from phibatch.config import OPENAI_BATCH, OutputConfig
-from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS
+from phibatch.contract import EXTRA_COLUMNS, RESPONSE_COLUMNS, USAGE_COLUMNS
 from phibatch.errors import OutputError
 from phibatch.job.files import Folder
 from phibatch.job.session import explain_failure, first_line
@@ -140,6 +140,21 @@ class ResponseTable:
         return self._config.table_format.lower() in FILE_FORMATS
 
 
+def build_schema(columns: dict[str, str]) -> StructType:
+    """Columns by name and type, as Spark's schema."""
+    return StructType([StructField(name, DataType.fromDDL(kind)) for name, kind in columns.items()])
+
+
+def read_extras(spark: SparkSession, config: OutputConfig) -> list[str]:
+    """Those of `contract.EXTRA_COLUMNS` that the response table has already; none where it begins anew."""
+    files = None if config.mode == "overwrite" else _files(spark, config, config.place)
+    there = _read(spark, config.place, config).schema if files else StructType()
+    wanted = build_schema(EXTRA_COLUMNS)
+    return [
+        field.name for field in there if field.name in EXTRA_COLUMNS and field.dataType == wanted[field.name].dataType
+    ]
+
+
 def read_responses(spark: SparkSession, config: OutputConfig, schema: StructType | None = None) -> DataFrame:
     """The written response table. Formats that keep no schema of their own, such as JSON, need the one written."""
     return _read(spark, config.place, config, schema)
@@ -152,14 +167,18 @@ def append_usage(spark: SparkSession, config: OutputConfig, usages: list[dict[st
         # A run that died may have come as far as this.
         known = {row["run_id"] for row in read_usage(spark, config).select("run_id").collect()}
     rows = [tuple(usage[name] for name in USAGE_COLUMNS) for usage in usages if usage["run_id"] not in known]
-    schema = ", ".join(f"{name} {kind}" for name, kind in USAGE_COLUMNS.items())
-    writer = spark.createDataFrame(rows, schema).coalesce(1).write.format(config.table_format).mode("append")
+    writer = (
+        spark.createDataFrame(rows, build_schema(USAGE_COLUMNS))
+        .coalesce(1)
+        .write.format(config.table_format)
+        .mode("append")
+    )
     writer.saveAsTable(config.usage_place) if config.table else writer.save(config.usage_place)
 
 
 def read_usage(spark: SparkSession, config: OutputConfig) -> DataFrame:
     """The usage table, one row per run, oldest first."""
-    return _read(spark, config.usage_place, config).orderBy(F.col("started"))
+    return _read(spark, config.usage_place, config, build_schema(USAGE_COLUMNS)).orderBy(F.col("started"))
 
 
 def _read(spark: SparkSession, place: str, config: OutputConfig, schema: StructType | None = None) -> DataFrame:

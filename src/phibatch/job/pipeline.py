@@ -4,11 +4,14 @@ import time
 from datetime import UTC, datetime
 from functools import partial
 
+from mlflow.exceptions import MlflowException
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from rich.console import Console
 
 from phibatch.config import OPENAI_BATCH, JobConfig
-from phibatch.errors import ErrorRateExceeded
+from phibatch.errors import ErrorRateExceeded, PhibatchError
 from phibatch.job.answer import Answers, recover, stage
 from phibatch.job.check import check_job
 from phibatch.job.console import Reporter
@@ -68,19 +71,28 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
             log_summary(summary)
             if config.output.format == OPENAI_BATCH:
                 write_lines(spark, work, written, config.output.name)
-            if job.increment:
+            error_rate = summary.run_error_rate if job.increment else summary.error_rate
+            if job.increment and error_rate <= config.job.max_error_rate:
                 job.increment.note()
         close_runs(earlier_runs)
     reporter.say_summary(summary, config.output)
     if config.report.enabled:
-        hourly_cost = config.report.hourly_cost
-        reporter.say_report(publish_report(spark, config.output, hourly_cost=hourly_cost, log_to=run_id))
-    if summary.error_rate > config.job.max_error_rate:
+        reporter.say_report(_publish(spark, config, run_id))
+    if error_rate > config.job.max_error_rate:
+        failed, rows = (summary.failed, summary.rows) if job.increment else (summary.table_failed, summary.table_rows)
         raise ErrorRateExceeded(
-            f"{summary.table_failed:,} of {summary.table_rows:,} rows failed, more than"
-            f" job.max_error_rate = {config.job.max_error_rate:g} allows; all rows are written to {config.output.name}"
+            f"{failed:,} of {rows:,} rows failed, more than job.max_error_rate = {config.job.max_error_rate:g} allows;"
+            f" all rows are written to {config.output.name}"
         )
     return summary
+
+
+def _publish(spark: SparkSession, config: JobConfig, run_id: str) -> str:
+    """Write the report; a run whose rows are all written has not failed for the want of one, but says so."""
+    try:
+        return publish_report(spark, config.output, hourly_cost=config.report.hourly_cost, log_to=run_id)
+    except (PhibatchError, PySparkException, Py4JJavaError, MlflowException) as error:
+        return f"not written: {str(error).splitlines()[0]}"
 
 
 def _log_progress(run_id: str, progress: Progress) -> None:

@@ -3,7 +3,7 @@
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from phibatch.contract import PARAMETERS, RETRYABLE
+from phibatch.contract import PARAMETERS, RETRYABLE, ErrorCode
 
 DUPLICATE = "duplicate custom_id: the input has it in another row too, and one row alone may keep it"
 ROW = ("custom_id", "request_key", "copy")
@@ -45,10 +45,15 @@ def identify(requests: DataFrame, digest: str) -> DataFrame:
     return named_rows.withColumn("copy", F.row_number().over(copies)).drop("_ordinal")
 
 
+def is_duplicate() -> Column:
+    """Whether a row of a response table was rejected since another one has its `custom_id`."""
+    return F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False))
+
+
 def number_responses(responses: DataFrame) -> DataFrame:
     """A response table with the `copy` that each of its rows stands for: answers first, rejected copies last."""
-    code, duplicate = F.col("error.code"), F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False))
-    order = (code.isNotNull(), duplicate, code.isin(*RETRYABLE), F.col("created").desc())
+    code = F.col("error.code")
+    order = (code.isNotNull(), is_duplicate(), code.isin(*RETRYABLE), F.col("created").desc())
     copies = Window.partitionBy("custom_id", "request_key").orderBy(*order)
     return responses.withColumn("copy", F.row_number().over(copies))
 
@@ -69,11 +74,14 @@ def is_done(retry: str) -> Column:
 
 
 def match(rows: DataFrame, numbered: DataFrame, retry: str) -> DataFrame:
-    """Rows as from `identify`, with a column `done`: what the response table says of them need not be done again."""
+    """Rows as from `identify`, with `done`: what the response table says of them need not be done again.
+
+    `code` is the error that it has of them; null where it has an answer, or nothing.
+    """
     found = numbered.select(
         *ROW, F.col("error.code").alias("code"), F.col("error.message").alias("message"), F.lit(True).alias("answered")
     )
-    return rows.join(found, list(ROW), "left").withColumn("done", is_done(retry)).drop("code", "message", "answered")
+    return rows.join(found, list(ROW), "left").withColumn("done", is_done(retry)).drop("message", "answered")
 
 
 def mark(numbered: DataFrame, rows: DataFrame, retry: str, orphans: str) -> DataFrame:
@@ -89,7 +97,8 @@ def mark(numbered: DataFrame, rows: DataFrame, retry: str, orphans: str) -> Data
         marked = marked.join(there, "custom_id", "left")
         # A death may have left an orphan twice, word for word.
         alike = Window.partitionBy(*ROW[:2], "run_id", "code", "message").orderBy("created")
-        first = F.row_number().over(alike) == 1
+        # Rows that were rejected may be copies in truth.
+        first = (F.row_number().over(alike) == 1) | (F.col("code") == ErrorCode.INVALID_REQUEST)
         marked = marked.withColumn("keep", F.col("keep") | (F.col("_there").isNull() & first)).drop("_there")
     return marked
 

@@ -1,5 +1,6 @@
 """Reports and comparisons of written tables, put beside the output and into MLflow."""
 
+import re
 from typing import Any
 
 import mlflow
@@ -9,11 +10,12 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from phibatch.config import OutputConfig
+from phibatch.config import OPENAI_BATCH, OutputConfig
+from phibatch.contract import RESPONSE_COLUMNS
 from phibatch.errors import InputError, RunError
 from phibatch.job.compare import Comparison, compare_tables
 from phibatch.job.files import Folder, beside
-from phibatch.job.output import read_responses, read_usage
+from phibatch.job.output import build_schema, read_responses, read_usage
 from phibatch.job.page import as_png, draw_plots, render_comparison, render_report
 from phibatch.job.report import Report, build_report
 from phibatch.job.session import first_line
@@ -28,12 +30,16 @@ def find_output(spark: SparkSession, name: str, file_format: str) -> OutputConfi
     Raises:
         InputError: there is neither.
     """
-    if Folder(spark, name).is_file():
-        return OutputConfig(path=name, format="openai-batch")
-    if Folder(spark, name).exists():
-        return OutputConfig(path=name, format=file_format)
-    if "/" not in name and spark.catalog.tableExists(name):
-        return OutputConfig(table=name, format=file_format)
+    try:
+        if Folder(spark, name).is_file():
+            return OutputConfig(path=name, format=OPENAI_BATCH)
+        if Folder(spark, name).exists():
+            return OutputConfig(path=name, format=file_format)
+        # Other names can not be a table's.
+        if re.fullmatch(r"\w+(\.\w+){0,2}", name) and spark.catalog.tableExists(name):
+            return OutputConfig(table=name, format=file_format)
+    except (PySparkException, Py4JJavaError) as error:
+        raise InputError(f"the output {name} can not be reached: {first_line(error)}") from error
     raise InputError(f"there is no output {name}: neither a path nor a table")
 
 
@@ -114,7 +120,7 @@ def _read_report(spark: SparkSession, output: OutputConfig, run_id: str | None, 
 
 def _open(spark: SparkSession, output: OutputConfig) -> tuple[DataFrame, DataFrame]:
     try:
-        return read_responses(spark, output), read_usage(spark, output)
+        return read_responses(spark, output, build_schema(RESPONSE_COLUMNS)), read_usage(spark, output)
     except (PySparkException, Py4JJavaError) as error:
         raise InputError(f"{output.name} is no output of a run that ended: {first_line(error)}") from error
 

@@ -4,6 +4,7 @@ import re
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
 
 from phibatch.config import InputConfig
 from phibatch.errors import InputError
@@ -30,7 +31,7 @@ def resolve_prompts(config: InputConfig) -> tuple[InputConfig, str | None]:
             texts[name], version = _load(uri, f"input.{name}")
             versions.append(version)
     if "template" in texts:
-        texts["template"] = _as_template(texts["template"])
+        texts["template"] = _as_template(texts["template"], f"input.template {config.template}")
     if "system" in texts and VARIABLE.search(texts["system"]):
         raise InputError(f"input.system {config.system} has variables, and a system message has no columns")
     return config.model_copy(update=texts), ", ".join(versions) or None
@@ -48,9 +49,16 @@ def _load(uri: str, key: str) -> tuple[str, str]:
     return prompt.template, f"{SCHEME}{prompt.name}/{prompt.version}"
 
 
-def _as_template(text: str) -> str:
+def _as_template(text: str, key: str) -> str:
     """MLflow's `{{column}}` as the job's `{column}`; single braces are braces."""
+    if "{%" in text or "{#" in text:
+        raise InputError(f"{key} is a Jinja2 template: it may only hold {{{{column}}}}")
     parts = VARIABLE.split(text)
-    return "".join(
+    template = "".join(
         f"{{{part}}}" if place % 2 else part.replace("{", "{{").replace("}", "}}") for place, part in enumerate(parts)
     )
+    try:
+        InputConfig(path=key, template=template)
+    except ValidationError as error:
+        raise InputError(f"{key} can not be used: it may only hold {{{{column}}}}") from error
+    return template

@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from phibatch.config import JobConfig
-from phibatch.errors import ConfigError, InputError, ModelError
+from phibatch.errors import ConfigError, InputError, ModelError, WorkerCrash
 from phibatch.job.answer import find_finished
 from phibatch.job.check import CheckedJob, check_job
 from phibatch.job.generate import build_predict
@@ -74,6 +74,7 @@ class Validation:
 
     Attributes:
         rows: of the input: the sum of the following, where `duplicates` share the answers of `to_generate`.
+        done_failed: of the rows that are done already, those that failed for good.
         reasons: why rows are rejected, the most frequent first, and `other reasons` after ten.
         refused: rows, of those to generate, that the engine would refuse, by error code.
         error_rate, max_error_rate: the share of all rows that would fail, and what the job allows.
@@ -83,6 +84,7 @@ class Validation:
 
     rows: int
     done: int
+    done_failed: int
     rejected: int
     to_generate: int
     duplicates: int
@@ -94,7 +96,7 @@ class Validation:
 
     def check(self) -> None:
         """Raise InputError when the run would fail: more rows than it allows would."""
-        failed = self.rejected + sum(self.refused.values())
+        failed = self.done_failed + self.rejected + sum(self.refused.values())
         if failed > self.rows * self.max_error_rate:
             raise InputError(
                 f"the run would fail: {failed:,} of {self.rows:,} rows would, more than job.max_error_rate ="
@@ -127,11 +129,16 @@ def validate_job(
     work = WorkFolder(spark, config.output)
     with work.visited():
         rows = _match(spark, job, work).persist(StorageLevel.DISK_ONLY)
-        todo = group(rows.where(~F.col("done")).drop("done")).persist(StorageLevel.DISK_ONLY)
+        todo = group(rows.where(~F.col("done")).drop("done", "code")).persist(StorageLevel.DISK_ONLY)
         try:
-            counts = rows.groupBy("done", "reason").count().collect()
+            counts = rows.groupBy("done", F.col("reason").isNotNull().alias("rejected")).agg(
+                F.count("*").alias("rows"), F.count("code").alias("failed")
+            )
+            reasons = rows.where(~F.col("done") & F.col("reason").isNotNull()).groupBy("reason").count()
+            frequent = reasons.orderBy(F.desc("count"), "reason").limit(MOST_REASONS)
             requests = todo.where("request IS NOT NULL").select("request", F.size("rows").alias("rows"))
-            return _validate(spark, job, counts, requests, sample, (executors, cores))
+            told = {row["reason"]: row["count"] for row in frequent.collect()}
+            return _validate(spark, job, counts.collect(), told, requests, sample, (executors, cores))
         except (PySparkException, Py4JJavaError) as error:
             raise ModelError(f"the run would fail: {explain_failure(error)}") from error
         finally:
@@ -148,7 +155,7 @@ def _match(spark: SparkSession, job: CheckedJob, work: WorkFolder) -> DataFrame:
         there = there.select(*table.schema.names)
     found = there.unionByName(finished) if there is not None and finished is not None else there or finished
     if found is None:
-        return job.rows.withColumn("done", F.lit(False))
+        return job.rows.withColumns({"done": F.lit(False), "code": F.lit(None).cast("string")})
     return match(job.rows, number_responses(found), job.config.job.retry)
 
 
@@ -156,6 +163,7 @@ def _validate(
     spark: SparkSession,
     job: CheckedJob,
     counts: Sequence[Row],
+    reasons: dict[str, int],
     requests: DataFrame,
     sample: int | None,
     cluster: tuple[int | None, int | None],
@@ -170,28 +178,33 @@ def _validate(
         .agg(F.count("*").alias("requests"), F.sum("rows").alias("rows"))
         .collect()
     )
-    reasons: dict[str, int] = {}
-    for row in sorted(counts, key=lambda row: -row["count"]):
-        if row["reason"] is not None and not row["done"]:
-            name = row["reason"] if len(reasons) < MOST_REASONS else "other reasons"
-            reasons[name] = reasons.get(name, 0) + row["count"]
     refused: dict[str, int] = {}
     for row in counted:
         if row["code"] is not None:
             refused[row["code"]] = refused.get(row["code"], 0) + row["rows"]
     lengths = {row["tokens"]: row["requests"] for row in counted if row["code"] is None}
-    rows = sum(row["count"] for row in counts)
-    done = sum(row["count"] for row in counts if row["done"])
-    rejected = sum(reasons.values())
+    rows = sum(row["rows"] for row in counts)
+    done = sum(row["rows"] for row in counts if row["done"])
+    rejected = sum(row["rows"] for row in counts if row["rejected"] and not row["done"])
+    if rejected > sum(reasons.values()):
+        reasons = {**reasons, "other reasons": rejected - sum(reasons.values())}
     to_generate = sum(row["requests"] for row in counted)
     tokens = _describe_lengths(lengths)
     estimate = None
     if sample and tokens:
-        measured = _generate_sample(spark, job, requests, sample)
+        try:
+            measured = _generate_sample(spark, job, requests, sample)
+        except (PySparkException, Py4JJavaError) as error:
+            if isinstance(explain_failure(error), WorkerCrash):
+                raise InputError(
+                    "there is no estimate: a row of the sample ends its process, which a run would set aside"
+                ) from error
+            raise
         estimate = _estimate(measured, sum(lengths.values()), tokens, cluster, config.report.hourly_cost)
     return Validation(
         rows=rows,
         done=done,
+        done_failed=sum(row["failed"] for row in counts if row["done"]),
         rejected=rejected,
         to_generate=to_generate,
         duplicates=rows - done - rejected - to_generate,

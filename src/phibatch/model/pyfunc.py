@@ -89,13 +89,18 @@ class Predictor:
             except ValueError as error:
                 outcomes[place] = [Completion.failed(ErrorCode.INVALID_REQUEST, str(error))]
         # A request that wants several answers is several to the engine.
-        choices = [(place, choice) for place, request in requests.items() for choice in request.choices()]
+        count_only = bool(params.get("count_only"))
+        choices = [
+            (place, choice)
+            for place, request in requests.items()
+            for choice in request.choices()[: 1 if count_only else None]
+        ]
         completions = generate(
             self._model_dir,
             self._digest,
             options,
             [choice for _, choice in choices],
-            count_only=bool(params.get("count_only")),
+            count_only=count_only,
         )
         for (place, _), completion in zip(choices, completions, strict=True):
             outcomes.setdefault(place, []).append(completion)
