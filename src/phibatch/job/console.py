@@ -212,16 +212,12 @@ def _left(progress: Progress) -> str:
 
 
 def _panel(progress: Progress) -> RenderableType:
-    numbers = Table.grid(padding=(0, 3))
-    numbers.add_row(
-        f"[bold]{progress.rows:,}[/] of {progress.total:,} rows",
-        f"{progress.rows_per_second:,.1f} rows/s",
-        f"{progress.tokens_per_second:,.0f} tokens/s",
-        f"[red]{progress.failed:,} failed[/]" if progress.failed else "none failed",
-    )
+    failed = f"[red]{progress.failed:,} failed[/]" if progress.failed else "none failed"
+    rows = Text.from_markup(f"[bold]{progress.rows:,}[/] of {progress.total:,} rows, {failed}")
+    rates = Text(f"{progress.rows_per_second:,.1f} rows/s, {progress.tokens_per_second:,.0f} tokens/s")
     times = Text(f"{describe_seconds(progress.seconds)} gone, {_left(progress)}")
     bar = ProgressBar(total=max(progress.total, 1), completed=progress.rows)
-    return Panel(Group(bar, numbers, times), title="phibatch", title_align="left", width=90)
+    return Panel(Group(bar, rows, rates, times), title="phibatch", title_align="left", width=90)
 
 
 def _plain_table() -> Table:
