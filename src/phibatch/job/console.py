@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from pyspark.sql import DataFrame
 from rich.bar import Bar
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
@@ -213,11 +213,12 @@ def _left(progress: Progress) -> str:
 
 def _panel(progress: Progress) -> RenderableType:
     failed = f"[red]{progress.failed:,} failed[/]" if progress.failed else "none failed"
-    rows = Text.from_markup(f"[bold]{progress.rows:,}[/] of {progress.total:,} rows, {failed}")
-    rates = Text(f"{progress.rows_per_second:,.1f} rows/s, {progress.tokens_per_second:,.0f} tokens/s")
-    times = Text(f"{describe_seconds(progress.seconds)} gone, {_left(progress)}")
-    bar = ProgressBar(total=max(progress.total, 1), completed=progress.rows)
-    return Panel(Group(bar, rows, rates, times), title="phibatch", title_align="left", width=90)
+    lines = Table.grid()
+    lines.add_row(ProgressBar(total=max(progress.total, 1), completed=progress.rows))
+    lines.add_row(Text.from_markup(f"[bold]{progress.rows:,}[/] of {progress.total:,} rows, {failed}"))
+    lines.add_row(f"{progress.rows_per_second:,.1f} rows/s, {progress.tokens_per_second:,.0f} tokens/s")
+    lines.add_row(f"{describe_seconds(progress.seconds)} gone, {_left(progress)}")
+    return Panel(lines, title="phibatch", title_align="left", width=90)
 
 
 def _plain_table() -> Table:
