@@ -46,7 +46,7 @@ def test_a_run_says_what_it_does(phibatch, write_parquet):
     ):
         assert piece in words
     assert "\x1b" not in done.stdout
-    assert sorted(each.name for each in phibatch.folder.iterdir()) == ["out", "out_usage"]
+    assert sorted(each.name for each in phibatch.folder.iterdir()) == ["out", "out_report", "out_usage"]
 
 
 @pytest.mark.parametrize(
