@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # pip takes the tested set; pyproject.toml says what else would do.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what it imports: to compile it all takes longer than to install it.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 # Where PyPI tells of one release, advisories and all; a mirror of its files alone does not have it.
 ADVISORIES := https://pypi.org/pypi/urllib3/2.8.0/json

@@ -1,6 +1,6 @@
 """A real cluster whose parts die: briefly on every run, and at length by `make soak`.
 
-tests/spark/test_resume.py has the deaths within a process.
+tests/spark/test_resume.py has the deaths within a process, poisoned rows among them.
 """
 
 import logging
@@ -78,7 +78,7 @@ def clean(start_job, counting, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("rounds", "count"), [(1, 300), pytest.param(20, 2000, marks=soak)])
+@pytest.mark.parametrize(("rounds", "count"), [(1, 200), pytest.param(20, 2000, marks=soak)])
 def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_path, rounds, count):
     """SIGKILL at random moments, and started again: the same table, and at most a chunk for each slot paid twice."""
     master = "local[2]"
@@ -129,9 +129,10 @@ def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     assert_equal(read(tmp_path / "output"), expected)
 
 
-@pytest.mark.parametrize(("count", "poisoned"), [(100, 1), pytest.param(2000, 5, marks=soak)])
-def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path, count, poisoned):
+@soak
+def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path):
     """Rows that crash the process are named, and all others answered."""
+    count, poisoned = 2000, 5
     expected, _, seconds = clean(cluster.url, count, rows(count))
     began = time.monotonic()
     path = rows(count, poisoned)

@@ -23,13 +23,13 @@ def phibatch(tmp_path):
     return run
 
 
-ECHO = ("--set", "model.engine=echo", "--model", "models:/demo@champion")
+ECHO = ("--set", "model.engine=echo", "--model", "models:/demo@champion", "--set", "report.enabled=false")
 
 
 def test_a_run_says_what_it_does(phibatch, write_parquet):
     """A run shows the model it resolved, the rows to do, and at the end a table of what was done and where it lies."""
     path = write_parquet([{"custom_id": "1", "prompt": "hello"}, {"custom_id": "2", "prompt": None}])
-    done = phibatch("run", "--input", path, "--output", "out", *ECHO, "--show", "2")
+    done = phibatch("run", "--input", path, "--output", "out", *ECHO, "--set", "report.enabled=true", "--show", "2")
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
     for piece in (
@@ -41,6 +41,7 @@ def test_a_run_says_what_it_does(phibatch, write_parquet):
         "tokens per second",
         "responses out",
         "usage out_usage",
+        "report out_report/report.html",
         "hello",
         "prompt is null",
     ):

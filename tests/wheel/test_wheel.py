@@ -44,6 +44,7 @@ def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path, cha
         "pip",
         "install",
         "--quiet",
+        "--no-compile",
         "--disable-pip-version-check",
         "-c",
         ROOT / "constraints.txt",
