@@ -30,8 +30,8 @@ run: $(VENV)/.core java ## Log the embedded model and run the job on the sample 
 test: $(VENV)/.dev java ## Run every test
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-soak: $(VENV)/.dev java ## The long tests: parts that die, the documents, the archive; some forty minutes
-	@$(BIN)/python -m pytest tests/cluster -m soak
+soak: $(VENV)/.dev java ## The long tests: parts that die, the documents, wheel and archive; some forty minutes
+	@$(BIN)/python -m pytest -m soak
 
 test-wheel: build java ## Run every test against the built wheel, in an environment of its own
 	@rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel

@@ -139,6 +139,9 @@ def job(tmp_path: Path) -> Callable[..., JobConfig]:
         }
         for section, values in sections.items():
             document.setdefault(section, {}).update(values)
+        if "partitions" not in document["job"]:
+            # A handful of rows in one chunk: each costs Spark a second.
+            document["job"].setdefault("chunk_rows", 1000)
         return build_config(document)
 
     return build

@@ -30,6 +30,7 @@ def test_the_wheel_carries_types_and_demo(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"phibatch"}
 
 
+@pytest.mark.soak
 def test_the_onnx_path_needs_neither_torch_nor_transformers(wheel, tmp_path, chat_model, tracking):
     """In an environment with nothing but the wheel and its core dependencies, a model is logged and the job answers.
 
