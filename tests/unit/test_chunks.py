@@ -90,6 +90,14 @@ def test_a_row_is_given_up_only_after_two_deaths():
     assert (cluster.answered, cluster.given_up) == ([0, 1, 2], [])
 
 
+def test_poisoned_rows_at_the_beginning_do_not_stop_the_run():
+    """Equal beginnings lie beside each other, so that rows of one fault do: the others are answered all the same."""
+    for rows in (200, 60):
+        cluster = Cluster(range(50))
+        assert cluster.run(rows, slots=1, chunk_rows=100) == list(range(rows))
+        assert sorted(cluster.given_up) == list(range(50))
+
+
 def test_a_process_that_dies_at_every_row_stops_the_run_early():
     """The first rows are enough to see it: the other 999,000 are not tried."""
     cluster = Cluster(range(1_000_000))

@@ -29,7 +29,7 @@ MAX_SLOTS = 1024
 
 RECOUNT_SECONDS = 5.0
 
-HOPELESS = 3
+HOPELESS = 8
 """After so many rows at which a process died, and not one that was answered, no other is tried."""
 
 
@@ -172,7 +172,18 @@ class Chunks:
         elif again.crashes == 1:
             self._crashed.appendleft(again)
         else:
-            self._hopeless += 1
             self._give_up(chunk)
+            if not self._answered:
+                self._hopeless += 1
+                self._look_elsewhere()
             return [chunk]
         return []
+
+    def _look_elsewhere(self) -> None:
+        """Rows beside each other are alike: whether any row can be answered is seen at the other end."""
+        rest = self._rest
+        if rest.size:
+            self._rest = Chunk(rest.first, rest.size - 1)
+            self._crashed.appendleft(Chunk(rest.first + rest.size - 1, 1))
+        else:
+            self._crashed.reverse()

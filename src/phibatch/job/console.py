@@ -16,12 +16,13 @@ from rich.text import Text
 
 from phibatch.config import OutputConfig
 from phibatch.job.answer import Committed
+from phibatch.job.calibrate import Estimate
 from phibatch.job.compare import Comparison, Side
 from phibatch.job.increment import Increment
 from phibatch.job.progress import Progress, Tally, describe_seconds
 from phibatch.job.stage import PlanCounts
 from phibatch.job.summary import BatchSummary
-from phibatch.job.validate import Estimate, Validation
+from phibatch.job.validate import Validation
 from phibatch.model.registry import ResolvedModel
 
 LINE_SECONDS = 30.0

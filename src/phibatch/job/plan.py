@@ -98,7 +98,8 @@ def mark(numbered: DataFrame, rows: DataFrame, retry: str, orphans: str) -> Data
         # A death may have left an orphan twice, word for word.
         alike = Window.partitionBy(*ROW[:2], "run_id", "code", "message").orderBy("created")
         # Rows that were rejected may be copies in truth.
-        first = (F.row_number().over(alike) == 1) | (F.col("code") == ErrorCode.INVALID_REQUEST)
+        rejected = F.coalesce(F.col("code") == ErrorCode.INVALID_REQUEST, F.lit(False))
+        first = (F.row_number().over(alike) == 1) | rejected
         marked = marked.withColumn("keep", F.col("keep") | (F.col("_there").isNull() & first)).drop("_there")
     return marked
 

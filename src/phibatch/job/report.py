@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 
-from phibatch.contract import ErrorCode
+from phibatch.contract import USAGE_COLUMNS, ErrorCode
 
 BINS = 40
 """Bars of a histogram, and points of a run's throughput."""
@@ -40,30 +39,12 @@ class Distribution:
 
 
 @dataclass(frozen=True, slots=True)
-class RunLine:
-    """One run's line of the usage table."""
-
-    run_id: str
-    model: str
-    started: datetime
-    seconds: float
-    rows: int
-    succeeded: int
-    failed: int
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    tokens_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
 class Throughput:
     """A run's tokens a second over time: for each point the seconds since its start."""
 
     run_id: str
     seconds: tuple[float, ...]
     tokens_per_second: tuple[float, ...]
-    rows_per_second: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +73,7 @@ class Report:
     Attributes:
         output: where the table is.
         run_id: the one run that it is about; None for the whole table.
-        runs: those of the usage table, oldest first.
+        runs: the lines of the usage table, oldest first.
         rows, succeeded: of the response table.
         finish_reasons: rows by reason.
         errors: by code, the most frequent first.
@@ -106,7 +87,7 @@ class Report:
 
     output: str
     run_id: str | None
-    runs: tuple[RunLine, ...]
+    runs: tuple[Row, ...]
     rows: int
     succeeded: int
     finish_reasons: dict[str, int]
@@ -126,7 +107,7 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        return sum(run.seconds for run in self.runs)
+        return math.fsum(run.seconds for run in self.runs)
 
     @property
     def reused(self) -> float:
@@ -156,8 +137,7 @@ def build_report(
     """
     if run_id is not None:
         responses, usage = responses.where(F.col("run_id") == run_id), usage.where(F.col("run_id") == run_id)
-    lines = usage.select(*RunLine.__slots__).orderBy("started").collect()
-    runs = tuple(RunLine(**line.asDict()) for line in lines)
+    runs = tuple(usage.select(*USAGE_COLUMNS).orderBy("started").collect())
     groups = (
         responses.groupBy("run_id", F.col("error.code").alias("code"), "finish_reason")
         .agg(
@@ -268,9 +248,9 @@ def _bin(name: str, low: float, width: float) -> Column:
 
 
 def _read_throughput(
-    responses: DataFrame, runs: Sequence[RunLine], spans: dict[str, tuple[float, float]]
+    responses: DataFrame, runs: Sequence[Row], spans: dict[str, tuple[float, float]]
 ) -> tuple[Throughput, ...]:
-    """Tokens and rows of each run by the time at which the rows were done; rows that were rejected took none."""
+    """Tokens of each run by the time at which the rows were done; rows that were rejected took none."""
     known = [run for run in runs if run.run_id in spans]
     if not known:
         return ()
@@ -284,14 +264,10 @@ def _read_throughput(
     done = responses.where(
         run.isin(*starts) & ~F.coalesce(F.col("error.code") == ErrorCode.INVALID_REQUEST, F.lit(False))
     )
-    sums: dict[tuple[str, int], tuple[int, int]] = {
-        (row["run_id"], row["place"]): (row["tokens"], row["rows"])
-        for row in done.groupBy("run_id", place.alias("place"))
-        .agg(
-            F.sum(F.col("usage.prompt_tokens") + F.col("usage.completion_tokens")).alias("tokens"),
-            F.count("*").alias("rows"),
-        )
-        .collect()
+    tokens = F.sum(F.col("usage.prompt_tokens") + F.col("usage.completion_tokens")).alias("tokens")
+    sums: dict[tuple[str, int], int] = {
+        (row["run_id"], row["place"]): row["tokens"]
+        for row in done.groupBy("run_id", place.alias("place")).agg(tokens).collect()
     }
     lines = []
     for each in known:
@@ -300,19 +276,17 @@ def _read_throughput(
             continue
         last = max(places)
         width_seconds = widths[each.run_id]
-        points = [sums.get((each.run_id, at), (0, 0)) for at in range(last + 1)]
         lines.append(
             Throughput(
                 each.run_id,
                 tuple((at + 0.5) * width_seconds for at in range(last + 1)),
-                tuple(tokens / width_seconds for tokens, _ in points),
-                tuple(rows / width_seconds for _, rows in points),
+                tuple(sums.get((each.run_id, at), 0) / width_seconds for at in range(last + 1)),
             )
         )
     return tuple(lines)
 
 
-def _compute_cost(runs: Sequence[RunLine], hourly_cost: float | None) -> Cost | None:
+def _compute_cost(runs: Sequence[Row], hourly_cost: float | None) -> Cost | None:
     if hourly_cost is None:
         return None
     total = hourly_cost * sum(run.seconds for run in runs) / 3600

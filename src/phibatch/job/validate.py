@@ -1,7 +1,6 @@
 """What a run would do, found out without doing it."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +11,9 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from phibatch.config import JobConfig
-from phibatch.errors import ConfigError, InputError, ModelError, WorkerCrash
+from phibatch.errors import ConfigError, InputError, ModelError
 from phibatch.job.answer import find_finished
+from phibatch.job.calibrate import Estimate, build_estimate, generate_sample
 from phibatch.job.check import CheckedJob, check_job
 from phibatch.job.generate import build_predict
 from phibatch.job.plan import group, match, number_responses
@@ -43,32 +43,6 @@ class PromptTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a run would take, from a sample that was generated.
-
-    Attributes:
-        sample_rows, sample_seconds: how many were generated, on `slots` task slots of `task_cores`, and in what time;
-            starting the workers and loading the model is not in it.
-        completion_tokens: of a row of the sample, on average.
-        executors, cores: what the estimate is for; an executor runs one task with all its cores.
-        seconds: of the whole run.
-        total_tokens: of prompts and completions.
-        cost: at the hourly cost of the cluster, by cores; None without one.
-    """
-
-    sample_rows: int
-    sample_seconds: float
-    slots: int
-    task_cores: int
-    completion_tokens: float
-    executors: int
-    cores: int
-    seconds: float
-    total_tokens: float
-    cost: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Validation:
     """What would become of an input's rows.
 
@@ -77,7 +51,7 @@ class Validation:
         done_failed: of the rows that are done already, those that failed for good.
         reasons: why rows are rejected, the most frequent first, and `other reasons` after ten.
         refused: rows, of those to generate, that the engine would refuse, by error code.
-        error_rate, max_error_rate: the share of all rows that would fail, and what the job allows.
+        max_error_rate: the share of all rows that may fail.
         prompt_tokens: None where nothing is to be generated.
         estimate: None without a sample.
     """
@@ -192,15 +166,8 @@ def _validate(
     tokens = _describe_lengths(lengths)
     estimate = None
     if sample and tokens:
-        try:
-            measured = _generate_sample(spark, job, requests, sample)
-        except (PySparkException, Py4JJavaError) as error:
-            if isinstance(explain_failure(error), WorkerCrash):
-                raise InputError(
-                    "there is no estimate: a row of the sample ends its process, which a run would set aside"
-                ) from error
-            raise
-        estimate = _estimate(measured, sum(lengths.values()), tokens, cluster, config.report.hourly_cost)
+        measured = generate_sample(spark, job, requests, sample)
+        estimate = build_estimate(measured, sum(lengths.values()), tokens.total, cluster, config.report.hourly_cost)
     return Validation(
         rows=rows,
         done=done,
@@ -239,68 +206,3 @@ def _describe_lengths(lengths: dict[int, int]) -> PromptTokens | None:
     )
     total = sum(length * requests for length, requests in ordered)
     return PromptTokens(total, total / count, at(0.5), at(0.95), at(0.99), high, bins)
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    rows: int
-    seconds: float
-    completion_tokens: int
-    slots: int
-    task_cores: int
-
-
-def _generate_sample(spark: SparkSession, job: CheckedJob, requests: DataFrame, sample: int) -> _Measured:
-    """Generate rows from all over the input, with all task slots at once, and throw the answers away."""
-    slots = count_slots(spark)
-    predict = build_predict(spark, job.model, job.config.model, job.config.job)
-    # By content, so that the next sample is the same.
-    chosen = requests.orderBy(F.xxhash64("request")).limit(sample * slots).collect()
-    table = spark.createDataFrame(chosen, requests.schema)
-
-    def run(rows: DataFrame) -> Row:
-        answers = rows.repartition(slots).select(predict(F.col("request")).alias("completion"))
-        return answers.agg(
-            F.count("*").alias("rows"), F.sum("completion.usage.completion_tokens").alias("tokens")
-        ).collect()[0]
-
-    # Workers start and load the model at their first row.
-    run(table.limit(slots))
-    began = time.monotonic()
-    found = run(table)
-    return _Measured(
-        found["rows"],
-        time.monotonic() - began,
-        found["tokens"] or 0,
-        slots,
-        int(spark.conf.get("spark.task.cpus", "1") or 1),
-    )
-
-
-def _estimate(
-    measured: _Measured,
-    rows: int,
-    tokens: PromptTokens,
-    cluster: tuple[int | None, int | None],
-    hourly_cost: float | None,
-) -> Estimate:
-    executors = cluster[0] or measured.slots
-    cores = cluster[1] or measured.task_cores
-    used = min(measured.slots, measured.rows)
-    slot_seconds = measured.seconds * used / measured.rows * measured.task_cores / cores
-    seconds = rows * slot_seconds / min(executors, rows)
-    a_row = measured.completion_tokens / measured.rows
-    share = executors * cores / (measured.slots * measured.task_cores)
-    cost = None if hourly_cost is None else hourly_cost * share * seconds / 3600
-    return Estimate(
-        measured.rows,
-        measured.seconds,
-        measured.slots,
-        measured.task_cores,
-        a_row,
-        executors,
-        cores,
-        seconds,
-        tokens.total + rows * a_row,
-        cost,
-    )
