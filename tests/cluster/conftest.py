@@ -149,6 +149,7 @@ class Job:
             "spark.task.cpus": "1",
             "spark.executor.memory": "1g",
             "spark.executor.memoryOverhead": "1g",
+            "spark.executor.extraJavaOptions": environment["SPARK_SUBMIT_OPTS"],
             "spark.driver.memory": "1g",
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",

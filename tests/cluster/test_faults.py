@@ -1,7 +1,4 @@
-"""A real cluster whose parts die: briefly on every run, and at length by `make soak`.
-
-tests/spark/test_resume.py has the deaths within a process, poisoned rows among them.
-"""
+"""Real parts that die, by chance and at length: by `make soak`. tests/spark/test_resume.py has one death of each kind."""
 
 import logging
 import random
@@ -10,8 +7,7 @@ import time
 import pandas as pd
 import pytest
 
-pytestmark = pytest.mark.usefixtures("counting")
-soak = pytest.mark.soak
+pytestmark = [pytest.mark.usefixtures("counting"), pytest.mark.soak]
 
 CHUNK_ROWS = 50
 SLOTS = 2
@@ -78,10 +74,9 @@ def clean(start_job, counting, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("rounds", "count"), [(1, 200), pytest.param(20, 2000, marks=soak)])
-def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_path, rounds, count):
+def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_path):
     """SIGKILL at random moments, and started again: the same table, and at most a chunk for each slot paid twice."""
-    master = "local[2]"
+    master, count, rounds = "local[2]", 2000, 20
     rng = random.Random(count)
     path = rows(count)
     expected, asked_once, seconds = clean(master, count, path)
@@ -102,7 +97,6 @@ def test_a_driver_may_be_killed_at_any_moment(start, rows, clean, calls, tmp_pat
         assert usage["rows"].sum() == count
 
 
-@soak
 def test_executors_may_die_all_the_time(cluster, start, rows, clean, tmp_path):
     """An executor is killed every ten seconds: all rows are answered, and none is taken for poisoned."""
     path = rows(2000)
@@ -117,7 +111,6 @@ def test_executors_may_die_all_the_time(cluster, start, rows, clean, tmp_path):
     assert kills
 
 
-@soak
 def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     """With its executor; another daemon that comes is used."""
     path = rows(2000)
@@ -129,7 +122,6 @@ def test_a_worker_daemon_may_die(cluster, start, rows, clean, tmp_path):
     assert_equal(read(tmp_path / "output"), expected)
 
 
-@soak
 def test_poisoned_rows_cost_themselves_alone(cluster, start, rows, clean, tmp_path):
     """Rows that crash the process are named, and all others answered."""
     count, poisoned = 2000, 5

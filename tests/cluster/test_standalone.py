@@ -43,7 +43,7 @@ def test_a_cluster_answers_as_one_core_does(cluster, submit, demo_model, thousan
             "--model",
             "models:/demo@champion",
             "--set",
-            "generation.max_tokens=64",
+            "generation.max_tokens=24",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "997" in done.stdout

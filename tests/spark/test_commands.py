@@ -4,13 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from phibatch.cli import main
 
 pytestmark = pytest.mark.usefixtures("demo_model")
 
 
 @pytest.fixture
 def phibatch(tmp_path):
-    """Run the command in a folder of its own."""
+    """Run the command in a folder and a process of its own."""
     folder = tmp_path / "work"
     folder.mkdir()
 
@@ -20,6 +23,18 @@ def phibatch(tmp_path):
         return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
     run.folder = folder
+    return run
+
+
+@pytest.fixture
+def invoke(spark, monkeypatch, write_parquet, tmp_path):
+    """Run rows by the command in this process, on its session, into the folder `out` of the test's own."""
+    monkeypatch.setattr("phibatch.job.session.open_session", lambda _: spark)
+
+    def run(rows, *arguments):
+        command = ["run", "--input", write_parquet(rows), "--output", str(tmp_path / "out"), *ECHO, *arguments]
+        return CliRunner().invoke(main, command)
+
     return run
 
 
@@ -64,37 +79,40 @@ def test_a_run_says_what_it_does(phibatch, write_parquet):
         (["--set", "generation.max_tokens"], "--set generation.max_tokens has no value: write --set section.key=value"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(phibatch, write_parquet, arguments, sentence):
-    """A mistake ends with exit code 2 and one sentence, without a traceback, and nothing is written."""
-    path = write_parquet([{"prompt": "hello"}])
-    done = phibatch("run", "--input", path, "--output", "out", *ECHO, *arguments)
+def test_a_users_mistake_is_one_sentence(invoke, tmp_path, arguments, sentence):
+    """A mistake ends with exit code 2 and one sentence, and nothing is written."""
+    done = invoke([{"prompt": "hello"}], *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"phibatch: {sentence}")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith("out")]
+
+
+def test_an_input_without_a_prompt_is_one_sentence(invoke):
+    """A table with no prompt column ends with exit code 2."""
+    done = invoke([{"question": "hello"}])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("phibatch: the input has no column prompt and no column messages")
+
+
+def test_too_many_failures_are_exit_code_3(invoke, tmp_path):
+    """More failures than `job.max_error_rate` end with exit code 3, after the table is written."""
+    done = invoke([{"prompt": "hello" if n else None} for n in range(4)], "--set", "job.max_error_rate=0.2")
+    assert done.exit_code == 3
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("phibatch: ")]
+    assert sentence.startswith("phibatch: 1 of 4 rows failed, more than job.max_error_rate = 0.2 allows")
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_mistake_ends_the_process_without_a_traceback(phibatch, write_parquet):
+    """What Spark and Python log on the way is not what the user is told last."""
+    done = phibatch("run", "--input", write_parquet([{"prompt": "hello"}]), "--output", "out", "--model", "models:/no@a")
     assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith("phibatch: ")]
-    assert len(said) == 1
-    assert said[0].startswith(f"phibatch: {sentence}")
-    assert done.stderr.splitlines()[-1] == said[0]
+    assert done.stderr.splitlines()[-1].startswith("phibatch: model models:/no@a is not known at")
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(phibatch.folder.iterdir()) == []
-
-
-def test_an_input_without_a_prompt_is_one_sentence(phibatch, write_parquet):
-    """A table with no prompt column ends with exit code 2, and nothing is written."""
-    done = phibatch("run", "--input", write_parquet([{"question": "hello"}]), "--output", "out", *ECHO)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("phibatch: the input has no column prompt and no column messages")
-    assert list(phibatch.folder.iterdir()) == []
-
-
-def test_too_many_failures_are_exit_code_3(phibatch, write_parquet):
-    """More failures than `job.max_error_rate` end with exit code 3, after the table is written."""
-    path = write_parquet([{"prompt": "hello" if n else None} for n in range(4)])
-    done = phibatch("run", "--input", path, "--output", "out", *ECHO, "--set", "job.max_error_rate=0.2")
-    assert done.returncode == 3
-    assert done.stderr.splitlines()[-1].startswith(
-        "phibatch: 1 of 4 rows failed, more than job.max_error_rate = 0.2 allows"
-    )
-    assert (phibatch.folder / "out" / "_SUCCESS").exists()
 
 
 def test_without_java_the_package_to_install_is_named(phibatch, write_parquet, monkeypatch, tmp_path):

@@ -1,6 +1,11 @@
 """Whatever happens to a run, every input row ends with one response row, and nothing is paid for twice."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -101,6 +106,37 @@ def test_copies_of_a_custom_id_stay_one_row_each(run):
     assert asked == [last]
     assert answers(table) == {"x": last, "y": "y"}
     assert len(table) == 2
+
+
+def test_a_process_that_is_killed_is_gone_on_from(run, spark, job, write_parquet, calls, tmp_path):
+    """SIGKILL to driver, JVM and workers between two chunks: the next run does the rest, and accounts for both."""
+    rows = {str(n): f"word {n}" for n in range(60)}
+    path = write_parquet([{"custom_id": k, "prompt": v} for k, v in rows.items()])
+    output = tmp_path / "output"
+    command = [sys.executable, "-m", "phibatch.cli", "run", "--input", path, "--output", str(output)]
+    command += ["--model", "models:/counting/1", "--set", "model.engine=echo", "--set", "job.chunk_rows=5"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with (tmp_path / "log").open("w") as log:
+        killed = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        # The first file is that of the rejected rows, of which there are none.
+        while len(list(output.glob("part-*"))) < 3:
+            assert killed.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    found = read_responses(spark, job("x").output).count()
+    assert 0 < found < 60
+    summary, table, asked = run(rows, job={"chunk_rows": 60})
+    assert answers(table) == rows
+    assert len(table) == 60
+    # The two runs' together: a chunk that was under way is asked for again.
+    assert 60 <= len(asked) <= 65
+    usage = [row["rows"] for row in read_usage(spark, job("x").output).collect()]
+    assert len(usage) == 2
+    assert sum(usage) == 60
+    assert summary.skipped >= found
 
 
 def test_finished_chunks_of_a_run_that_died_are_used(run, spark, monkeypatch, tmp_path):
