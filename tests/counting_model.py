@@ -1,4 +1,4 @@
-"""A logged model that notes every row it is asked for, and dies, hangs or breaks at rows marked for it."""
+"""A logged model that notes every row it is asked for, and dies, hangs, breaks or is late at rows marked for it."""
 
 import os
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from mlflow.models import set_model
 
+from phibatch.contract import ErrorCode
 from phibatch.errors import EngineError
 from phibatch.model.engine.watchdog import watch
 from phibatch.model.pyfunc import ChatModel
@@ -24,7 +25,11 @@ class CountingModel(ChatModel):
                 time.sleep(600)
         if model_input["request"].str.contains("-break-").any():
             raise EngineError("the weights are broken")
-        return super().predict(context, model_input, params)
+        answers = super().predict(context, model_input, params)
+        for request, answer in zip(model_input["request"], answers, strict=True):
+            if "-late-" in request:
+                answer.update(choices=[], error={"code": ErrorCode.TIMEOUT, "message": "late"})
+        return answers
 
 
 set_model(CountingModel())

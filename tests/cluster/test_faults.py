@@ -1,4 +1,4 @@
-"""Real parts that die, by chance and at length: by `make soak`. tests/spark/test_resume.py has one death of each kind."""
+"""Real parts that die, by chance and at length. tests/spark/test_deaths.py has one death of each kind."""
 
 import logging
 import random

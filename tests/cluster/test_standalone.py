@@ -3,6 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from phibatch import demo
+from phibatch.job.pipeline import run_batch
 
 BAD = {"null prompt": "invalid_request", "unknown role": "invalid_request", "over-long": "context_length_exceeded"}
 
@@ -29,35 +30,27 @@ def read(path):
     return pd.read_parquet(path).set_index("custom_id").sort_index()
 
 
-def test_a_cluster_answers_as_one_core_does(cluster, submit, demo_model, thousand, tmp_path):
-    """1,000 rows under spark-submit: two workers of one core and local[1] write the same table, bad rows and all."""
-    tables = {}
-    for name, master in {"cluster": cluster.url, "local": "local[1]"}.items():
-        output = tmp_path / name
-        done = submit(
-            master,
-            "--input",
-            thousand,
-            "--output",
-            str(output),
-            "--model",
-            "models:/demo@champion",
-            "--set",
-            "generation.max_tokens=24",
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "997" in done.stdout
-        tables[name] = read(output)
-        # How much of a prompt was found computed hangs on the rows before it; nothing else does.
-        tables[name]["usage"] = tables[name]["usage"].map(lambda usage: {**usage, "cached_tokens": 0})
-    for column in ("response", "finish_reason", "usage", "error", "request_key", "model"):
-        assert tables["cluster"][column].tolist() == tables["local"][column].tolist(), column
-    table = tables["cluster"]
+@pytest.mark.usefixtures("demo_model")
+def test_a_cluster_answers_as_one_core_does(cluster, submit, spark, job, thousand, tmp_path):
+    """1,000 rows: two workers of one core under spark-submit, and one task here, write the same table, bad rows too."""
+    arguments = ("--input", thousand, "--output", str(tmp_path / "cluster"), "--model", "models:/demo@champion")
+    done = submit(cluster.url, *arguments, "--set", "generation.max_tokens=24")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "997" in done.stdout
+    here = {"generation": {"max_tokens": 24}, "model": {"engine": "auto"}, "job": {"partitions": 1}}
+    run_batch(spark, job(thousand, **here))
+    table, alone = read(tmp_path / "cluster"), read(tmp_path / "output")
+    for column in ("response", "finish_reason", "error", "request_key", "model"):
+        assert table[column].tolist() == alone[column].tolist(), column
+    # How much of a prompt was found computed hangs on the rows before it; nothing else does.
+    counted = [[{**usage, "cached_tokens": 0} for usage in each["usage"]] for each in (table, alone)]
+    assert counted[0] == counted[1]
     assert len(table) == 1000
     failed = table[table["response"].isna()]
     assert {name: error["code"] for name, error in failed["error"].items()} == BAD
 
 
+@pytest.mark.soak
 def test_the_chat_variant_runs_on_a_cluster(cluster, submit, chat_model, tmp_path):
     """The checkpoint reaches the workers with the model, and conversations have their trained answers."""
     arguments = (

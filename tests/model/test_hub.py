@@ -9,8 +9,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from click.testing import CliRunner
 
 from phibatch import demo
+from phibatch.cli import main
 
 REPO = "example/tiny-onnx"
 CHAT_REPO = "example/tiny-chat"
@@ -125,7 +127,6 @@ def test_a_checkpoint_is_logged_from_a_hub(hub, tmp_path):
     [
         (["--hf-repo", "example/nope"], "example/nope can not be downloaded"),
         (["--hf-repo", REPO, "--subfolder", "nope"], f"{REPO} has no folder nope"),
-        ([], "exactly one of --model-dir and --hf-repo must be given"),
     ],
 )
 def test_what_a_hub_lacks_is_one_sentence(hub, arguments, sentence):
@@ -134,3 +135,11 @@ def test_what_a_hub_lacks_is_one_sentence(hub, arguments, sentence):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"phibatch: {sentence}")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--hf-repo", "x/y", "--model-dir", "z"]])
+def test_a_model_comes_from_one_place(arguments):
+    """Neither none nor two."""
+    done = CliRunner().invoke(main, ["log", "onnx", "--name", "x", *arguments])
+    assert done.exit_code == 2
+    assert done.stderr == "phibatch: exactly one of --model-dir and --hf-repo must be given\n"
