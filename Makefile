@@ -27,13 +27,13 @@ run: $(VENV)/.core java ## Log the embedded model and run the job on the sample 
 	  --model-dir "$$($(BIN)/python -c 'from phibatch import demo; print(demo.MODEL_DIR)')"
 	@$(BIN)/phibatch run --config conf/demo.yaml --show 10
 
-test: $(VENV)/.dev java ## Run every test
+test: $(VENV)/.dev java ## Run the tests, but for the long ones
 	@$(BIN)/python -m pytest $(PARALLEL)
 
 soak: $(VENV)/.dev java ## The long tests: parts that die, the documents, wheel and archive; some forty minutes
 	@$(BIN)/python -m pytest -m soak
 
-test-wheel: build java ## Run every test against the built wheel, in an environment of its own
+test-wheel: build java ## Run the same tests against the built wheel, in an environment of its own
 	@rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	@.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  "$$(ls dist/phibatch-*.whl)[dev]"

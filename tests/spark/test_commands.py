@@ -89,11 +89,12 @@ def test_a_users_mistake_is_one_sentence(invoke, tmp_path, arguments, sentence):
     assert not [each for each in tmp_path.iterdir() if each.name.startswith("out")]
 
 
-def test_an_input_without_a_prompt_is_one_sentence(invoke):
-    """A table with no prompt column ends with exit code 2."""
+def test_an_input_without_a_prompt_is_one_sentence(invoke, tmp_path):
+    """A table with no prompt column ends with exit code 2, and nothing is written."""
     done = invoke([{"question": "hello"}])
     assert done.exit_code == 2
     assert done.stderr.startswith("phibatch: the input has no column prompt and no column messages")
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith("out")]
 
 
 def test_too_many_failures_are_exit_code_3(invoke, tmp_path):
@@ -111,6 +112,8 @@ def test_a_mistake_ends_the_process_without_a_traceback(phibatch):
     assert done.returncode == 2
     assert done.stderr.startswith("phibatch: unknown key generation.max_token: did you mean")
     assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert list(phibatch.folder.iterdir()) == []
 
 
 def test_without_java_the_package_to_install_is_named(phibatch, write_parquet, monkeypatch, tmp_path):

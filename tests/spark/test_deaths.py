@@ -169,12 +169,17 @@ def test_a_run_that_lost_its_output_stops(spark, job, monkeypatch, tmp_path):
     """One that was silent for too long does not write into what another has taken over."""
     monkeypatch.setattr(work, "BEAT_SECONDS", 0.1)
     folder = work.WorkFolder(spark, job("x").output)
-    with pytest.raises(RunError, match="another run has taken over"), folder.claimed():  # noqa: PT012 - it is told when the block ends
-        owner = {"token": "another", "host": "elsewhere", "pid": 1, "since": 0.0, "beats": 3}
-        # Hadoop's checksum is of what it wrote itself.
-        Path(tmp_path, "output_work", ".owner.json.crc").unlink()
-        Path(tmp_path, "output_work", "owner.json").write_text(json.dumps(owner))
-        folder.check()
+
+    def lose():
+        with folder.claimed():
+            owner = {"token": "another", "host": "elsewhere", "pid": 1, "since": 0.0, "beats": 3}
+            # Hadoop's checksum is of what it wrote itself.
+            Path(tmp_path, "output_work", ".owner.json.crc").unlink()
+            Path(tmp_path, "output_work", "owner.json").write_text(json.dumps(owner))
+            folder.check()
+
+    with pytest.raises(RunError, match="another run has taken over"):
+        lose()
     assert json.loads(Path(tmp_path, "output_work", "owner.json").read_text())["host"] == "elsewhere"
 
 

@@ -11,7 +11,7 @@ from pyspark.sql import functions as F
 from phibatch.errors import InputError, WorkerCrash
 from phibatch.job.check import CheckedJob
 from phibatch.job.generate import build_predict
-from phibatch.job.session import count_slots, explain_failure
+from phibatch.job.session import count_slots, count_task_cores, explain_failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def generate_sample(spark: SparkSession, job: CheckedJob, requests: DataFrame, s
         time.monotonic() - began,
         found["tokens"] or 0,
         slots,
-        int(spark.conf.get("spark.task.cpus", "1") or 1),
+        count_task_cores(spark),
     )
 
 
@@ -96,6 +96,15 @@ def build_estimate(
     cluster: tuple[int | None, int | None],
     hourly_cost: float | None,
 ) -> Estimate:
+    """What a run would take, as if speed grew with executors and cores.
+
+    Args:
+        measured: the sample.
+        rows: to generate.
+        prompt_tokens: of all of them.
+        cluster: executors, and cores of each; None is as many as there are now.
+        hourly_cost: of the cluster that there is now; None where it is not known.
+    """
     executors = cluster[0] or measured.slots
     cores = cluster[1] or measured.task_cores
     used = min(measured.slots, measured.rows)

@@ -62,8 +62,12 @@ def open_session(name: str) -> SparkSession:
 
 def count_slots(spark: SparkSession) -> int:
     """How many tasks run at once: the cores that Spark has, by the cores that a task takes."""
-    task_cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
-    return max(1, spark.sparkContext.defaultParallelism // task_cpus)
+    return max(1, spark.sparkContext.defaultParallelism // count_task_cores(spark))
+
+
+def count_task_cores(spark: SparkSession) -> int:
+    """How many cores a task takes."""
+    return int(spark.conf.get("spark.task.cpus", "1") or 1)
 
 
 def explain_failure(error: PySparkException | Py4JJavaError) -> PhibatchError:
