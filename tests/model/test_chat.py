@@ -123,14 +123,29 @@ def test_the_verbatim_door_reads_control_tokens(tokenizer, library):
     assert len([token for token in ids if token == library.to_token_id("<|end|>")]) == 2
 
 
-def test_a_template_that_drops_the_system_message_is_a_row_error():
-    """A template without a place for it does not lose a system message silently."""
-    tokenizer = ChatTokenizer(
-        demo.MODEL_DIR / "tokenizer.json", lambda messages: f"<|user|>\n{messages[-1].content}<|end|>\n"
-    )
-    assert tokenizer.encode_messages([Message("user", "hi")])
-    with pytest.raises(RowError, match="no place for a system message"):
-        tokenizer.encode_messages([Message("system", "be brief"), Message("user", "hi")])
+def drop(messages):
+    return "".join(f"<|user|>\n{message.content}<|end|>\n" for message in messages if message.role == "user")
+
+
+def refuse_system(messages):
+    if messages[0].role == "system":
+        raise RuntimeError("no system role")
+    return drop(messages)
+
+
+@pytest.mark.parametrize("render", [drop, refuse_system])
+def test_a_system_text_without_a_turn_goes_before_the_first_users(render, caplog):
+    """Where the template drops or refuses a system message, its text leads the first user turn; that is said once."""
+    tokenizer = ChatTokenizer(demo.MODEL_DIR / "tokenizer.json", render)
+    turns = [Message("user", "hi"), Message("assistant", "ho"), Message("user", "hi")]
+    merged = [Message("user", "be brief\n\nhi"), *turns[1:]]
+    assert tokenizer.encode_messages(turns)
+    assert caplog.messages == []
+    for _ in range(2):
+        assert tokenizer.encode_messages([Message("system", "be brief"), *turns]) == tokenizer.encode_messages(merged)
+    (said,) = caplog.messages
+    assert "no place for a system message" in said
+    assert "be brief" not in said
 
 
 def test_broken_text_is_a_row_error(tokenizer):

@@ -1,6 +1,7 @@
 """Messages to token ids, with the model's own chat template and tokenizer."""
 
 import json
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -11,6 +12,14 @@ from tokenizers import Tokenizer
 
 from phibatch.contract import ErrorCode, Message
 from phibatch.errors import EngineError, RowError
+
+logger = logging.getLogger(__name__)
+
+
+NO_SYSTEM = (
+    "the model's chat template has no place for a system message: its text goes before the first user turn's text"
+)
+"""What a run says once, without a word of the row's."""
 
 
 class ChatTokenizer:
@@ -31,6 +40,7 @@ class ChatTokenizer:
     def __init__(self, file: Path, render: Callable[[Sequence[Message]], str]) -> None:
         content = json.loads(file.read_text(encoding="utf-8"))
         self._render = render
+        self._has_said = False
         self._plain = Tokenizer.from_str(json.dumps(content))
         # Marks of private-use characters and a random name: a message can not hold one, save by guessing.
         nonce = secrets.token_hex(16)
@@ -49,19 +59,23 @@ class ChatTokenizer:
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, ready for the answer.
 
+        Where the template has no place for a system message, its text goes before the first user turn's.
+
         Raises:
-            RowError: the template refuses the conversation, has no place for its system message, or a text is broken.
+            RowError: the template refuses the conversation, or a text is broken.
         """
         _check_text(message.content for message in messages)
-        if any(message.role == "system" for message in messages) and not self._has_system:
-            raise RowError(ErrorCode.INVALID_REQUEST, "the model's chat template has no place for a system message")
+        if any(message.role == "system" for message in messages) and not self.takes_system:
+            if not self._has_said:
+                logger.warning(NO_SYSTEM)
+                self._has_said = True
+            messages = _merge_system(messages)
         marked = [Message(message.role, _replace(message.content, self._marks)) for message in messages]
         try:
             rendered = self._render(marked)
         except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "no reason given"
             raise RowError(
-                ErrorCode.INVALID_REQUEST, f"the chat template refuses the conversation: {reason}"
+                ErrorCode.INVALID_REQUEST, f"the chat template refuses the conversation: {_first_line(error)}"
             ) from error
         renamed = _replace(rendered, self._names)
         text = _replace(renamed, {mark: name for name, mark in self._marks.items()})
@@ -77,13 +91,37 @@ class ChatTokenizer:
         return str(self._plain.decode(list(ids), skip_special_tokens=True))
 
     @cached_property
-    def _has_system(self) -> bool:
-        """Whether a system message reaches the model: some templates drop it without a word."""
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system message: some drop it without a word, others refuse it."""
         mark = secrets.token_hex(16)
         try:
             return mark in self._render([Message("system", mark), Message("user", "x")])
         except (ValueError, RuntimeError):
             return False
+
+    def check_template(self) -> None:
+        """Raise ValueError or RuntimeError where the template does not render one user turn with its text."""
+        mark = secrets.token_hex(16)
+        if mark not in self._render([Message("user", mark)]):
+            raise ValueError("the chat template loses the text of a user turn")
+
+
+def _merge_system(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with the system message's text before the first user turn's, and a blank line between them.
+
+    Microsoft took the system branch out of Phi-3's template in April 2024 (commit 300945e of Phi-3-mini-4k-instruct)
+    and advised to put the text into the first user prompt (the repository's discussion 51). It named no separator: the
+    blank line is that of Gemma 3's template, which does the same by itself.
+    """
+    system = [message.content for message in messages if message.role == "system"]
+    others = [message for message in messages if message.role != "system"]
+    first = next(place for place, message in enumerate(others) if message.role == "user")
+    others[first] = Message("user", "\n\n".join([*system, others[first].content]))
+    return others
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else "no reason given"
 
 
 def _check_text(texts: Iterable[str]) -> None:
