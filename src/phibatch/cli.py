@@ -22,6 +22,9 @@ MODEL_OPTIONS = [
     click.option("--alias", help="An alias for the new version, such as champion."),
     click.option("--max-tokens", type=int, help="The limit where neither row nor job sets one (300)."),
     click.option("--temperature", type=float, help="The temperature where neither row nor job sets one (0: greedy)."),
+    click.option(
+        "--chat-template", type=click.Path(path_type=Path), metavar="FILE", help="A chat template, instead of its own."
+    ),
 ]
 
 JOB_OPTIONS = [
@@ -90,7 +93,7 @@ def log_onnx(name: str, alias: str | None, **options: Any) -> None:
     registry.check_names(name, alias)
     folder = _folder(options)
     registry.use_default_tracking()
-    click.echo(registry.log_onnx(folder, name, alias, defaults).uri)
+    _say_logged(registry.log_onnx(folder, name, alias, defaults, options["chat_template"]))
 
 
 @log.command("transformers")
@@ -110,7 +113,15 @@ def log_transformers(name: str, alias: str | None, dtype: str | None, **options:
         checkpoint.check_extra()  # before gigabytes are downloaded
     folder = _folder(options, checkpoint.FILES)
     registry.use_default_tracking()
-    click.echo(registry.log_transformers(folder, name, alias, defaults, dtype).uri)
+    _say_logged(registry.log_transformers(folder, name, alias, defaults, dtype, options["chat_template"]))
+
+
+def _say_logged(model: Any) -> None:
+    from phibatch.model.chat import NO_SYSTEM
+
+    if not model.takes_system:
+        click.echo(f"phibatch: {NO_SYSTEM}", err=True)
+    click.echo(model.uri)
 
 
 def _defaults(options: dict[str, Any]) -> GenerationParams:
@@ -123,9 +134,12 @@ def _defaults(options: dict[str, Any]) -> GenerationParams:
 
 def _folder(options: dict[str, Any], files: tuple[str, ...] | None = None) -> Path:
     from phibatch.model import hub
+    from phibatch.model.staging import read_template
 
     if (options["model_dir"] is None) == (options["hf_repo"] is None):
         raise ConfigError("exactly one of --model-dir and --hf-repo must be given")
+    if options["chat_template"] is not None:
+        read_template(options["chat_template"])  # before gigabytes are downloaded
     model_dir: Path | None = options["model_dir"]
     return model_dir or hub.download_folder(options["hf_repo"], options["subfolder"], options["revision"], files)
 

@@ -41,6 +41,8 @@ class Reporter:
     def say_model(self, model: ResolvedModel, uri: str) -> None:
         alias = "" if model.uri == uri else f" (from {uri})"
         self._say(f"model   {model.uri}{alias}, {model.digest[:12]}")
+        if not model.takes_system:
+            self._say("system  the chat template has no place for it: a system text goes before the first user turn's")
 
     def say_increment(self, increment: Increment) -> None:
         self._say(f"input   {increment.new_files:,} new files of {increment.files:,}")

@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import Any, Self
 
 from phibatch.errors import ModelError
-from phibatch.model.folder import TOKENIZER, check_links, has_chat_template, is_inside, read_json
+from phibatch.model.folder import (
+    LEFT_OUT,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    check_links,
+    has_chat_template,
+    is_inside,
+    read_json,
+)
+from phibatch.model.whole import check_pointers, check_safetensors
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TEXTS = (
-    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE),
     *("README.md", "LICENSE*", "NOTICE*"),
 )
 FILES = (CONFIG, GENERATION_CONFIG, INDEX, "*.safetensors", *TEXTS)
@@ -56,12 +66,12 @@ class Checkpoint:
     weights: tuple[str, ...]
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Check a folder.
+    def open(cls, path: Path, *, needs_template: bool = True) -> Self:
+        """Check a folder; one that is to be given a chat template needs none.
 
         Raises:
-            ModelError: transformers is not installed, or the folder is not such a model, or its architecture is none
-                of transformers' own. The sentence names what is missing.
+            ModelError: transformers is not installed, or the folder is not such a model, or is not whole, or its
+                architecture is none of transformers' own. The sentence names what is missing.
         """
         absent = [name for name in (CONFIG, TOKENIZER) if not (path / name).is_file()]
         if absent:
@@ -69,24 +79,31 @@ class Checkpoint:
         if (path / "adapter_config.json").is_file():
             raise ModelError(f"{path} is an adapter: merge it into its base model, and log that")
         check_links(path)
+        found = {file for pattern in FILES for file in path.glob(pattern) if file.is_file()}
+        check_pointers(file for file in found if not any(file.match(pattern) for pattern in LEFT_OUT))
         check_extra()
+        read_json(path / TOKENIZER)
         config = _without_foreign(read_json(path / CONFIG))
         _check_architecture(path / CONFIG, config)
-        if not has_chat_template(path):
+        if needs_template and not has_chat_template(path):
             raise ModelError(
                 f"{path} has no chat template: neither chat_template.jinja nor tokenizer_config.json gives one"
             )
-        return cls(path, config, _read_eos(path, config), _read_weights(path))
+        weights = _read_weights(path)
+        for name in weights:
+            check_safetensors(path / name)
+        return cls(path, config, _read_eos(path, config), weights)
 
     @contextmanager
-    def stage(self, dtype: str | None = None) -> Iterator[Path]:
+    def stage(self, dtype: str | None = None, chat_template: str | None = None) -> Iterator[Path]:
         """A temporary copy with nothing in it that could load code; what is copied whole are links.
 
         Args:
             dtype: how the weights are to be computed with, `float32` for instance; None is as the checkpoint says.
+            chat_template: in place of the checkpoint's own.
         """
         written = {CONFIG: self.config}
-        for name in (GENERATION_CONFIG, "tokenizer_config.json"):
+        for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
             if (self.path / name).is_file():
                 written[name] = _without_foreign(read_json(self.path / name))
         # Both ways of loading must stop at the same tokens.
@@ -99,6 +116,10 @@ class Checkpoint:
         with tempfile.TemporaryDirectory(prefix="phibatch-") as temporary:
             folder = Path(temporary, "checkpoint")
             folder.mkdir()
+            if chat_template is not None:
+                written.get(TOKENIZER_CONFIG, {}).pop("chat_template", None)
+                (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
+                copied.discard(TEMPLATE)
             for name in sorted(copied - set(written)):
                 (folder / name).symlink_to((self.path / name).resolve())
             for name, content in written.items():

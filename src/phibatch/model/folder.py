@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -10,6 +11,10 @@ from phibatch.errors import ModelError
 
 CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+LEFT_OUT = ("*.py", "*.bin", "*.pt", "*.pkl", "consolidated*")
+"""Code, pickles and second sets of weights: neither fetched nor logged, and not in the digest."""
 NATIVE_SUFFIXES = (".so", ".dll", ".dylib")
 SESSION_OPTIONS = {
     *("log_id", "log_severity_level", "log_verbosity_level", "provider_options", "graph_optimization_level"),
@@ -39,14 +44,14 @@ class ModelFolder:
     head_size: int
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Check a folder.
+    def open(cls, path: Path, *, needs_template: bool = True) -> Self:
+        """Check a folder; one that is to be given a chat template needs none.
 
         Raises:
             ModelError: it is not an onnxruntime-genai model (the sentence names what is missing), or its configuration
                 names native libraries or files outside the folder.
         """
-        missing = [name for name in (CONFIG, TOKENIZER) if not (path / name).is_file()]
+        missing = [name for name in (CONFIG, TOKENIZER, TOKENIZER_CONFIG) if not (path / name).is_file()]
         if missing:
             raise ModelError(f"{path} is not an onnxruntime-genai model folder: {' and '.join(missing)} missing")
         check_links(path)
@@ -61,7 +66,7 @@ class ModelFolder:
         for name in _graphs(model):
             if not (path / name).is_file():
                 raise ModelError(f"{path} is not an onnxruntime-genai model folder: {name} missing")
-        if not has_chat_template(path):
+        if needs_template and not has_chat_template(path):
             raise ModelError(
                 f"{path} has no chat template: neither chat_template.jinja nor tokenizer_config.json gives one"
             )
@@ -86,13 +91,19 @@ class ModelFolder:
 
 
 def digest_folder(path: Path) -> str:
-    """SHA-256 over the names and contents of all files, whatever the order in which the folder lists them."""
+    """SHA-256 over the names and contents of a model's files, whatever the order in which the folder lists them."""
     total = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in list_files(path):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(f"{file.relative_to(path).as_posix()}\0{content}\n".encode())
     return total.hexdigest()
+
+
+def list_files(path: Path) -> list[Path]:
+    """All files of a folder that belong to its model, sorted: none of `LEFT_OUT`."""
+    files = (file for file in path.rglob("*") if file.is_file())
+    return sorted(file for file in files if not any(fnmatch(file.name, pattern) for pattern in LEFT_OUT))
 
 
 def check_links(path: Path) -> None:
@@ -163,7 +174,7 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 def has_chat_template(path: Path) -> bool:
     """Whether a folder says how a conversation is put to its model."""
-    if (path / "chat_template.jinja").is_file():
+    if (path / TEMPLATE).is_file():
         return True
-    config = path / "tokenizer_config.json"
+    config = path / TOKENIZER_CONFIG
     return config.is_file() and bool(read_json(config).get("chat_template"))

@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from phibatch.errors import ModelError
+from phibatch.model.folder import LEFT_OUT
 
 
 def download_folder(
@@ -25,7 +26,7 @@ def download_folder(
         ModelError: there is no such repository or folder, or no hub can be reached.
     """
     folder = f"{subfolder}/" if subfolder else ""
-    ignored = ["*.py", "*.bin", "*.pt", "*.pkl", "consolidated*"]
+    ignored = [*LEFT_OUT]
     if files is not None:
         # A pattern's star goes through folders.
         ignored.append(f"{folder}*/*")

@@ -2,11 +2,7 @@
 
 import difflib
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,12 +30,14 @@ from phibatch.contract import (
     ModelFormat,
     build_params,
 )
-from phibatch.errors import ModelError
+from phibatch.errors import EngineError, ModelError
 from phibatch.model import flavor
 from phibatch.model.checkpoint import Checkpoint
 from phibatch.model.engine.base import check_engine
 from phibatch.model.folder import ModelFolder, digest_folder
 from phibatch.model.pyfunc import ARTIFACT
+from phibatch.model.staging import check_bos, read_template, stage_folder
+from phibatch.model.whole import check_folder
 
 ENTRY = Path(__file__).with_name("entry.py")
 REQUIREMENTS = {
@@ -59,6 +57,7 @@ class ResolvedModel:
         model_format: what the files are.
         defaults: the generation parameters it was logged with.
         options: the names of all parameters that its `predict` takes.
+        takes_system: whether its chat template has a place for a system message.
     """
 
     uri: str
@@ -66,6 +65,7 @@ class ResolvedModel:
     model_format: ModelFormat
     defaults: GenerationParams
     options: frozenset[str]
+    takes_system: bool
 
     def check_engine(self, name: EngineName) -> None:
         """Raise ModelError where an engine can not run this model."""
@@ -136,7 +136,11 @@ def _param(name: str, bounds: Bounds, default: float | None) -> ParamSpec:
 
 
 def log_onnx(
-    model_dir: Path, name: str, alias: str | None = None, defaults: GenerationParams | None = None
+    model_dir: Path,
+    name: str,
+    alias: str | None = None,
+    defaults: GenerationParams | None = None,
+    chat_template: Path | None = None,
 ) -> ResolvedModel:
     """Log an onnxruntime-genai folder as a pyfunc model, register it, and give it an alias.
 
@@ -147,13 +151,19 @@ def log_onnx(
         name: the registered model's name.
         alias: of the new version.
         defaults: the generation parameters of callers who give none; None for `GenerationParams`' own.
+        chat_template: a file that replaces the folder's chat template in what is logged.
 
     Raises:
-        ModelError: the folder is not such a model, or names native code; or MLflow takes no such name or alias.
+        ModelError: the folder is not such a model, is not whole, or names native code; the template renders no user
+            turn; or MLflow takes no such name or alias.
     """
     check_names(name, alias)
-    digest = ModelFolder.open(model_dir).digest()
-    with _without_links(model_dir) as folder, warnings.catch_warnings():
+    template = None if chat_template is None else read_template(chat_template)
+    check_folder(model_dir)
+    ModelFolder.open(model_dir, needs_template=template is None)
+    with stage_folder(model_dir, template) as folder, warnings.catch_warnings():
+        digest = ModelFolder.open(folder).digest()
+        takes_system = _check_template(folder, ModelFormat.ONNX, chat_template or model_dir)
         # An example would load the model and generate with it, to infer a signature that is given.
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         info = mlflow.pyfunc.log_model(
@@ -163,7 +173,7 @@ def log_onnx(
             signature=signature(defaults or GenerationParams()),
             pip_requirements=_requirements(ModelFormat.ONNX),
             model_config={"name": name, "digest": digest},
-            metadata={"phibatch_digest": digest},
+            metadata={"phibatch_digest": digest, "phibatch_takes_system": takes_system},
             registered_model_name=name,
         )
     return _set_alias(info, name, alias)
@@ -175,6 +185,7 @@ def log_transformers(
     alias: str | None = None,
     defaults: GenerationParams | None = None,
     dtype: str | None = None,
+    chat_template: Path | None = None,
 ) -> ResolvedModel:
     """Log a transformers checkpoint with MLflow's transformers flavour, register it, and give it an alias.
 
@@ -187,21 +198,24 @@ def log_transformers(
         alias: of the new version.
         defaults: the generation parameters of callers who give none; None for `GenerationParams`' own.
         dtype: the type to compute in, as torch names it; None for the one that the checkpoint names.
+        chat_template: a file that replaces the checkpoint's chat template in what is logged.
 
     Raises:
-        ModelError: the folder is not such a model, transformers is not installed, or MLflow takes no such name or
-            alias.
+        ModelError: the folder is not such a model, or is not whole; transformers is not installed; the template renders
+            no user turn; or MLflow takes no such name or alias.
     """
     check_names(name, alias)
-    checkpoint = Checkpoint.open(model_dir)
-    with checkpoint.stage(dtype) as folder:
+    template = None if chat_template is None else read_template(chat_template)
+    checkpoint = Checkpoint.open(model_dir, needs_template=template is None)
+    with checkpoint.stage(dtype, template) as folder:
         digest = digest_folder(folder)
+        takes_system = _check_template(folder, ModelFormat.TRANSFORMERS, chat_template or model_dir)
         info = Model.log(
             artifact_path=None,
             name=name,
             flavor=flavor,
             registered_model_name=name,
-            metadata={"phibatch_digest": digest},
+            metadata={"phibatch_digest": digest, "phibatch_takes_system": takes_system},
             checkpoint=folder,
             source=str(model_dir.resolve()),
             signature=signature(defaults or GenerationParams()),
@@ -235,21 +249,26 @@ def _set_alias(info: ModelInfo, name: str, alias: str | None) -> ResolvedModel:
     return resolve_model(f"models:/{name}/{info.registered_model_version}")
 
 
-@contextmanager
-def _without_links(folder: Path) -> Iterator[Path]:
-    """The folder with its files in place: the hub client's cache holds links, which MLflow does not follow."""
-    if not any(file.is_symlink() for file in folder.rglob("*")):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="phibatch-") as temporary:
-        yield Path(shutil.copytree(folder, Path(temporary, folder.name), copy_function=_link_or_copy))
+def _check_template(folder: Path, model_format: ModelFormat, source: Path) -> bool:
+    """See that a staged folder's chat template renders a user turn.
 
-
-def _link_or_copy(source: str, target: str) -> None:
+    Returns:
+        Whether the template has a place for a system message.
+    """
+    # Each loads the libraries of its engine.
+    if model_format == ModelFormat.ONNX:
+        from phibatch.model.engine.genai import open_tokenizer
+    else:
+        from phibatch.model.engine.transformers import open_tokenizer
     try:
-        os.link(Path(source).resolve(), target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+        if model_format == ModelFormat.ONNX:
+            check_bos(folder)
+        tokenizer = open_tokenizer(folder)
+        tokenizer.check_template()
+    except (EngineError, ModelError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
+        raise ModelError(f"{source} can not be used: {reason}") from error
+    return tokenizer.takes_system
 
 
 def resolve_model(uri: str) -> ResolvedModel:
@@ -271,7 +290,9 @@ def resolve_model(uri: str) -> ResolvedModel:
     logged = {spec.name: spec.default for spec in info.signature.params.params}
     # A signature's seed is never null, and the job gives each row its own.
     defaults = build_params({name: logged[name] for name in PARAMETERS if name in logged and name != "seed"})
-    return ResolvedModel(fixed, str(digest), model_format, defaults, frozenset(logged))
+    # An earlier version did not say.
+    takes_system = bool((info.metadata or {}).get("phibatch_takes_system", True))
+    return ResolvedModel(fixed, str(digest), model_format, defaults, frozenset(logged), takes_system)
 
 
 def _resolve_alias(uri: str) -> str:

@@ -67,8 +67,7 @@ class TransformersEngine:
         self._pad_token_id = min(self._eos_token_ids) if own.pad_token_id is None else int(own.pad_token_id)
         # Every choice is ours: what the checkpoint's own settings say must not touch the logits.
         self._model.generation_config = GenerationConfig()
-        self._library_tokenizer = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
-        self._tokenizer = ChatTokenizer(model_dir / TOKENIZER, self._render)
+        self._tokenizer = open_tokenizer(model_dir)
         self._grammars = Grammars(model_dir / TOKENIZER, self._eos_token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -85,16 +84,6 @@ class TransformersEngine:
     def _run(self, rows: list[Row]) -> None:
         for batch in plan_batches(rows, self._batch_size, self._context_length):
             self._run_batch(batch)
-
-    def _render(self, messages: Sequence[Message]) -> str:
-        try:
-            return str(
-                self._library_tokenizer.apply_chat_template(
-                    [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
-                )
-            )
-        except TEMPLATE_ERRORS as error:
-            raise ValueError(str(error)) from error
 
     def _run_batch(self, rows: list[Row]) -> None:
         width = max(len(row.prompt) for row in rows)
@@ -137,3 +126,17 @@ class _RowsStop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 - as above
         return torch.tensor([row.done for row in self._rows])
+
+
+def open_tokenizer(model_dir: Path) -> ChatTokenizer:
+    """The tokenizer of a checkpoint, with transformers' own template engine."""
+    library = AutoTokenizer.from_pretrained(model_dir, **LOCAL)
+
+    def render(messages: Sequence[Message]) -> str:
+        conversation = [asdict(message) for message in messages]
+        try:
+            return str(library.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(str(error)) from error
+
+    return ChatTokenizer(model_dir / TOKENIZER, render)
