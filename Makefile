@@ -17,7 +17,7 @@ export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 export SPARK_LOCAL_IP := 127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak test-wheel lint format docs build cluster-archive bench clean java python
+.PHONY: help run test conformance soak test-wheel lint format docs build cluster-archive bench clean java python
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ run: $(VENV)/.core java ## Log the embedded model and run the job on the sample 
 
 test: $(VENV)/.dev java ## Run the tests, but for the long ones
 	@$(BIN)/python -m pytest $(PARALLEL)
+
+conformance: $(VENV)/.dev ## Compare every architecture on every engine with transformers; WRITE=1 writes docs/architectures.md
+	@PHIBATCH_WRITE_PAGE=$(WRITE) $(BIN)/python -m pytest tests/conformance
 
 soak: $(VENV)/.dev java ## The long tests: parts that die, the documents, wheel and archive; some forty minutes
 	@$(BIN)/python -m pytest -m soak

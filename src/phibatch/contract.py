@@ -24,13 +24,14 @@ class ErrorCode(StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    INSUFFICIENT_MEMORY = "insufficient_memory"
     TIMEOUT = "timeout"
     ENGINE_ERROR = "engine_error"
     WORKER_CRASHED = "worker_crashed"
     INVALID_OUTPUT = "invalid_output"
 
 
-RETRYABLE = (ErrorCode.TIMEOUT, ErrorCode.ENGINE_ERROR, ErrorCode.WORKER_CRASHED)
+RETRYABLE = (ErrorCode.INSUFFICIENT_MEMORY, ErrorCode.TIMEOUT, ErrorCode.ENGINE_ERROR, ErrorCode.WORKER_CRASHED)
 """The errors of rows that may have an answer when they are tried again; the others would come out the same."""
 
 

@@ -199,6 +199,19 @@ def test_an_overlong_row_fails_alone_in_a_job(answers):
     assert "Madrid" in table["response"]["short"]
 
 
+def test_a_row_that_lacked_memory_is_tried_again(answers):
+    """`insufficient_memory` passes when the engine has more; a row that is answered is left alone."""
+    rows = [
+        {"custom_id": "long", "prompt": "word " * 300},
+        {"custom_id": "short", "prompt": "What is the capital of Spain?"},
+    ]
+    tight = answers(rows, model={"memory": "4MB"}, generation={"max_tokens": 30})
+    assert tight["error"]["long"]["code"] == "insufficient_memory"
+    ample = answers(rows, output={"mode": "resume"}, generation={"max_tokens": 30})
+    assert ample["error"]["long"]["code"] is None
+    assert ample["run_id"]["short"] == tight["run_id"]["short"] != ample["run_id"]["long"]
+
+
 def test_a_broken_engine_fails_the_job(spark, job, tracking, tmp_path):
     """Weights that give no numbers end the run with the engine's own words, and write no answers."""
     import shutil

@@ -101,7 +101,7 @@ def test_a_row_that_memory_can_not_hold_fails_alone():
     )
     answered, failed = tight.generate([small, large])
     assert answered.text
-    assert failed.error_code == "context_length_exceeded"
+    assert failed.error_code == "insufficient_memory"
     assert "model.memory holds 437" in failed.error_message
 
 

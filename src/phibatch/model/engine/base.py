@@ -105,7 +105,7 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
 
             return EchoEngine()
         case EngineName.SLOTS:
-            from phibatch.model.engine.graph import UnsupportedGraph
+            from phibatch.model.engine.attention import UnsupportedGraph
             from phibatch.model.engine.slots import SlotsEngine
 
             try:
@@ -128,7 +128,7 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
 
 def _build_fastest(model_dir: Path, options: EngineOptions) -> Engine:
     """The engine on slots, or, where the graph is not made for it, the one on onnxruntime-genai; its log says why."""
-    from phibatch.model.engine.graph import UnsupportedGraph
+    from phibatch.model.engine.attention import UnsupportedGraph
     from phibatch.model.engine.slots import SlotsEngine
 
     try:

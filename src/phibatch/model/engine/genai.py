@@ -4,16 +4,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime_genai as og
 
 from phibatch.contract import Completion, Message, Request
+from phibatch.errors import EngineError
 from phibatch.model.chat import ChatTokenizer
+from phibatch.model.engine.attention import UnsupportedGraph, read_reach, read_windows, write_windows
 from phibatch.model.engine.base import EngineOptions
 from phibatch.model.engine.batches import plan_batches
 from phibatch.model.engine.row import Row, choose_tokens, generate_rows
-from phibatch.model.folder import TOKENIZER, ModelFolder
+from phibatch.model.folder import CONFIG, TOKENIZER, ModelFolder, read_json
 from phibatch.model.grammar import Grammars
 
 
@@ -28,9 +32,28 @@ class GenaiEngine:
         self._folder = ModelFolder.open(model_dir)
         self._batch_size = options.batch_size
         self._row_timeout = options.row_timeout
-        session = {"intra_op_num_threads": options.threads}
+        decoder: dict[str, Any] = {"session_options": {"intra_op_num_threads": options.threads}}
         config = og.Config(str(model_dir))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        graph = onnx.load(str(self._folder.graph), load_external_data=False)
+        windows = read_windows(graph.graph, model_dir)
+        try:
+            self._reach = read_reach(graph.graph, windows)
+        except UnsupportedGraph as error:
+            raise EngineError(f"the genai engine can not run this graph: {error}") from error
+        if windows.smallest:
+            write_windows(graph.graph, windows)
+            if "sliding_window" in read_json(model_dir / CONFIG)["model"]["decoder"]:
+                # No cache of the window's size: over one, the kernels refuse batches of unequal rows.
+                decoder["sliding_window"] = {
+                    "window_size": self._folder.context_length,
+                    "layers": [],
+                    "slide_key_value_cache": False,
+                    "slide_inputs": False,
+                }
+            # The library reads these bytes when it opens the model, and keeps no copy.
+            self._graph = graph.SerializeToString()
+            config.add_model_data(self._folder.graph.name, self._graph)
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
         self._model = og.Model(config)
         self._tokenizer = open_tokenizer(model_dir)
         self._grammars = Grammars(model_dir / TOKENIZER, self._folder.eos_token_ids)
@@ -43,12 +66,17 @@ class GenaiEngine:
 
     def _build_row(self, request: Request) -> Row:
         folder = self._folder
-        return Row(
+        row = Row(
             request, self._tokenizer, folder.context_length, folder.eos_token_ids, self._grammars, self._row_timeout
         )
+        if self._reach:
+            self._reach.check(row)
+        return row
 
     def _run(self, rows: list[Row]) -> None:
-        for batch in plan_batches(rows, self._batch_size, self._folder.context_length):
+        # A batch is as wide as its longest prompt and its longest limit together, and may not be wider than a row.
+        width = self._reach.tokens if self._reach else self._folder.context_length
+        for batch in plan_batches(rows, self._batch_size, width):
             self._run_batch(batch)
 
     def _run_batch(self, rows: list[Row]) -> None:

@@ -11,17 +11,20 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from phibatch.model.engine.attention import (
+    ATTENTION,
+    UnsupportedGraph,
+    attributes,
+    read_reach,
+    read_windows,
+    write_windows,
+)
 from phibatch.model.engine.kv import KVShape, KVSlots
 from phibatch.model.engine.sampling import Logits
 
-ATTENTION = "GroupQueryAttention"
 PROJECTIONS = {"MatMul", "MatMulNBits"}
 TOKENS = {"input_ids", "attention_mask"}
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-
-
-class UnsupportedGraph(Exception):
-    """Raised for a graph that can not be run over slots; the message is the reason."""
 
 
 class DecoderGraph:
@@ -32,6 +35,10 @@ class DecoderGraph:
         head_size: numbers of one attention head.
         threads: of onnxruntime.
 
+    Attributes:
+        kv: the keys and values of one token.
+        reach: the longest row that can be run; None is the context's.
+
     Raises:
         UnsupportedGraph: its inputs or its attention are not those that slots can be run over.
     """
@@ -39,6 +46,9 @@ class DecoderGraph:
     def __init__(self, file: Path, head_size: int, threads: int) -> None:
         model = onnx.load(str(file), load_external_data=False)
         self.kv = _check(model.graph, head_size)
+        windows = read_windows(model.graph, file.parent)
+        self.reach = read_reach(model.graph, windows)
+        write_windows(model.graph, windows)
         _keep_last_position(model.graph)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -94,8 +104,7 @@ def _check(graph: Any, head_size: int) -> KVShape:
     if len(attentions) != layers:
         raise UnsupportedGraph(f"it has {layers} layers and {len(attentions)} {ATTENTION} nodes")
     for node in attentions:
-        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        if attributes.get("do_rotary", 0) != 1:
+        if attributes(node).get("do_rotary", 0) != 1:
             raise UnsupportedGraph("its attention does not turn positions itself")
     return KVShape(layers, heads.pop(), head_size)
 

@@ -73,10 +73,12 @@ class SlotsEngine:
         row = Row(
             request, self._tokenizer, folder.context_length, folder.eos_token_ids, self._grammars, self._row_timeout
         )
+        if self._graph.reach:
+            self._graph.reach.check(row)
         need = len(row.prompt) + row.limit
         if 2 * need > self._tokens:
             raise RowError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                ErrorCode.INSUFFICIENT_MEMORY,
                 f"prompt and max_tokens need room for {need} tokens, and model.memory holds {self._tokens // 2}",
             )
         return row

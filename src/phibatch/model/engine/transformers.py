@@ -1,5 +1,6 @@
 """The engine on transformers' `generate`: left-padded batches in torch, on the CPU."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,7 @@ class TransformersEngine:
         if length is None:
             raise EngineError("the checkpoint's configuration gives no max_position_embeddings")
         self._context_length = length
+        self._boundary = _read_boundary(model.config)
         own = self._model.generation_config
         eos = own.eos_token_id
         self._eos_token_ids = frozenset(eos if isinstance(eos, list) else [eos])
@@ -82,8 +84,26 @@ class TransformersEngine:
         )
 
     def _run(self, rows: list[Row]) -> None:
-        for batch in plan_batches(rows, self._batch_size, self._context_length):
-            self._run_batch(batch)
+        for long in (False, True):
+            group = [row for row in rows if self._is_long(row) is long]
+            if group and self._boundary is not None:
+                self._pin_table(long=long)
+            for batch in plan_batches(group, self._batch_size, self._context_length):
+                self._run_batch(batch)
+
+    def _is_long(self, row: Row) -> bool:
+        return self._boundary is not None and len(row.prompt) + row.limit > self._boundary
+
+    def _pin_table(self, *, long: bool) -> None:
+        """Have LongRoPE's long or short table turn all that is computed from now on.
+
+        The library picks the table by the longest row of a batch, and changes it in mid-answer. Here it follows from a
+        row's prompt and limit together. The library reads its boundary at each step, so moving it pins the table.
+        """
+        never = sys.maxsize // 2
+        self._model.config.rope_parameters["original_max_position_embeddings"] = 0 if long else never
+        # At this one the library throws its keys and values away, to compute them by the other table.
+        self._model.config.original_max_position_embeddings = never
 
     def _run_batch(self, rows: list[Row]) -> None:
         width = max(len(row.prompt) for row in rows)
@@ -105,6 +125,19 @@ class TransformersEngine:
                 logits_processor=[_RowsChoose(rows)],
                 stopping_criteria=[_RowsStop(rows)],
             )
+
+
+def _read_boundary(config: Any) -> int | None:
+    """The length beyond which LongRoPE's long table turns a row; None where the model has one table.
+
+    Raises:
+        EngineError: the table grows with the longest row of a batch, so a row's answer would depend on its neighbours.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind == "dynamic":
+        raise EngineError("the model's dynamic rope scaling turns a row by the longest row beside it, and is not run")
+    return int(rope["original_max_position_embeddings"]) if kind == "longrope" else None
 
 
 class _RowsChoose(LogitsProcessor):

@@ -1,0 +1,181 @@
+"""How far a decoder's attention sees, and up to which length one table of angles turns its positions."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import helper, numpy_helper
+
+from phibatch.contract import ErrorCode
+from phibatch.errors import RowError
+from phibatch.model.engine.row import Row
+from phibatch.model.folder import CONFIG, read_json
+
+ATTENTION = "GroupQueryAttention"
+WINDOW = "local_window_size"
+WINDOW_CACHE = "sliding_window_cache"
+
+ONE_WINDOW = {"phi3", "mistral", "mixtral", "starcoder2"}
+"""Model types whose `config.json` means all layers where it names a window and no layers."""
+
+
+class UnsupportedGraph(Exception):
+    """Raised for a graph that an engine can not run; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How many tokens attention sees, itself among them.
+
+    Attributes:
+        sizes: of each layer; None is all tokens.
+        certain: whether it is known which layers have a window; where not, all of `sizes` are the one that is named.
+    """
+
+    sizes: tuple[int | None, ...]
+    certain: bool = True
+
+    @property
+    def smallest(self) -> int | None:
+        return min((size for size in self.sizes if size is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The longest row, prompt and limit together in tokens, that an engine answers, and why no longer one."""
+
+    tokens: int
+    reason: str
+
+    def check(self, row: Row) -> None:
+        """Raise RowError where a row is longer."""
+        need = len(row.prompt) + row.limit
+        if need > self.tokens:
+            raise RowError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"prompt and max_tokens need {need} tokens, and the engine answers up to {self.tokens}: {self.reason}",
+            )
+
+
+def read_reach(graph: Any, windows: Windows) -> Reach | None:
+    """How long a row may be for an engine that runs the graph as it is, with its windows written; None for any length.
+
+    Raises:
+        UnsupportedGraph: as `read_boundary`.
+    """
+    reaches = []
+    if windows.smallest and not windows.certain:
+        reason = f"the model has a sliding window of {windows.smallest}, and does not say in which layers"
+        reaches.append(Reach(windows.smallest, reason))
+    boundary = read_boundary(graph)
+    if boundary is not None:
+        reason = "beyond, LongRoPE's other table turns a row, and the graph picks it by the longest row of a batch"
+        reaches.append(Reach(boundary, reason))
+    return min(reaches, key=lambda reach: reach.tokens, default=None)
+
+
+def read_windows(graph: Any, folder: Path) -> Windows:
+    """A decoder's windows: from its graph where it says one, else `genai_config.json`, else `config.json`.
+
+    A window of `local_window_size` tokens is one of `sliding_window` tokens in transformers' words.
+
+    Args:
+        graph: the ONNX graph.
+        folder: where the model's configuration lies.
+
+    Raises:
+        ModelError: a configuration is not JSON.
+    """
+    document = read_json(folder / CONFIG)
+    decoder = document["model"]["decoder"]
+    own = {number: attributes(node).get(WINDOW, -1) for node in graph.node if (number := layer_of(node)) is not None}
+    layers = range(int(decoder.get("num_hidden_layers") or len(own)))
+    window = decoder.get("sliding_window") or {}
+    size = window.get("window_size") or 0
+    file = folder / "config.json"
+    if any(each > 0 for each in own.values()):
+        found = Windows(tuple(own[layer] if own.get(layer, -1) > 0 else None for layer in layers))
+    elif size > 0:
+        # The builder writes no layers where all of them have the window.
+        chosen = window.get("layers") or layers
+        found = Windows(tuple(size if layer in chosen else None for layer in layers))
+    elif file.is_file():
+        found = _from_checkpoint(read_json(file), len(layers))
+    else:
+        found = Windows((None,) * len(layers))
+    # One as long as the context hides nothing.
+    context = int(document["model"]["context_length"])
+    sizes = tuple(size if size is not None and size < context else None for size in found.sizes)
+    return replace(found, sizes=sizes)
+
+
+def read_boundary(graph: Any) -> int | None:
+    """The width of the mask beyond which a graph turns positions by LongRoPE's other table; None where it has one.
+
+    The model builder writes an `If` on `Greater(Gather(Shape(attention_mask)), boundary)`.
+
+    Raises:
+        UnsupportedGraph: it branches on something else.
+    """
+    branches = [node for node in graph.node if node.op_type == "If"]
+    if not branches:
+        return None
+    makers = {name: node for node in graph.node for name in node.output}
+    known = {each.name: numpy_helper.to_array(each) for each in graph.initializer if not each.external_data}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            known[node.output[0]] = numpy_helper.to_array(attributes(node)["value"])
+    boundaries = set()
+    for branch in branches:
+        condition = makers.get(branch.input[0])
+        if condition is None or condition.op_type != "Greater" or condition.input[1] not in known:
+            raise UnsupportedGraph("it branches on something else than the length of its input")
+        boundaries.add(int(np.asarray(known[condition.input[1]]).item()))
+    if len(boundaries) > 1:
+        raise UnsupportedGraph("it branches on several lengths of its input")
+    return boundaries.pop()
+
+
+def write_windows(graph: Any, windows: Windows) -> None:
+    """Have a graph's attention honour the windows, if it is certain which, over keys and values of the whole row."""
+    if not windows.certain:
+        return
+    for node in graph.node:
+        number = layer_of(node)
+        if number is None:
+            continue
+        kept = [each for each in node.attribute if each.name not in {WINDOW, WINDOW_CACHE}]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.attribute.append(helper.make_attribute(WINDOW, windows.sizes[number] or -1))
+
+
+def attributes(node: Any) -> dict[str, Any]:
+    """A node's attributes by name."""
+    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
+
+
+def layer_of(node: Any) -> int | None:
+    """The number of the layer whose attention a node is; None for other nodes."""
+    if node.op_type != ATTENTION:
+        return None
+    found = next((match for name in node.input if (match := re.fullmatch(r"past_key_values\.(\d+)\.key", name))), None)
+    return int(found[1]) if found else None
+
+
+def _from_checkpoint(config: dict[str, Any], count: int) -> Windows:
+    """By transformers' own configuration of the model."""
+    config = config.get("text_config") or config
+    size = config.get("sliding_window") or 0
+    if not isinstance(size, int) or size <= 0 or config.get("use_sliding_window") is False:
+        return Windows((None,) * count)
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == count:
+        return Windows(tuple(size if kind == "sliding_attention" else None for kind in kinds))
+    if "max_window_layers" in config:
+        # Qwen's: the layers from this one on.
+        first = int(config["max_window_layers"])
+        return Windows(tuple(size if place >= first else None for place in range(count)))
+    return Windows((size,) * count, certain=config.get("model_type") in ONE_WINDOW)
