@@ -84,7 +84,12 @@ def test_keys_and_requests_are_the_same_in_any_session(spark):
     frame = "prompt string, messages array<struct<role:string,content:string,at:timestamp>>, temperature double"
     frame += ", response_format string"
     conversation = [("user", "q", datetime(2026, 1, 1, tzinfo=UTC)), ("assistant", None, None), ("user", "r", None)]
-    rows = [("q", None, 0.7, schema), ("q", None, 0.7, turned), ("q", None, None, "{oops"), (None, conversation, 0.0, "")]
+    rows = [
+        ("q", None, 0.7, schema),
+        ("q", None, 0.7, turned),
+        ("q", None, None, "{oops"),
+        (None, conversation, 0.0, ""),
+    ]
     config = InputConfig(path="unused")
 
     def look(**settings):

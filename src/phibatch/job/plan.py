@@ -134,7 +134,7 @@ def check_older(rows: int, *, allowed: bool) -> None:
     if rows and not allowed:
         raise OutputError(
             f"another version of phibatch, whose request keys can not be compared, has answered {rows:,} of the rows,"
-            " and this run would generate them anew: set job.regenerate_older_keys to true to have that, or name"
+            " and this run would generate them anew: set job.regenerate_older_keys to true to allow that, or name"
             " another output"
         )
 

@@ -59,6 +59,7 @@ class ResolvedModel:
         model_format: what the files are.
         defaults: the generation parameters it was logged with.
         options: the names of all parameters that its `predict` takes.
+        outputs: the names of all fields that its answers have.
     """
 
     uri: str
@@ -66,6 +67,7 @@ class ResolvedModel:
     model_format: ModelFormat
     defaults: GenerationParams
     options: frozenset[str]
+    outputs: frozenset[str]
 
     def check_engine(self, name: EngineName) -> None:
         """Raise ModelError where an engine can not run this model."""
@@ -112,6 +114,8 @@ def signature(defaults: GenerationParams) -> ModelSignature:
                 ColSpec(Object(usage), "usage"),
                 ColSpec(Object(error), "error"),
                 ColSpec(DataType.double, "generation_seconds"),
+                ColSpec(DataType.string, "engine"),
+                ColSpec(DataType.string, "engine_version"),
             ]
         ),
         params=ParamSchema(
@@ -271,7 +275,8 @@ def resolve_model(uri: str) -> ResolvedModel:
     logged = {spec.name: spec.default for spec in info.signature.params.params}
     # A signature's seed is never null, and the job gives each row its own.
     defaults = build_params({name: logged[name] for name in PARAMETERS if name in logged and name != "seed"})
-    return ResolvedModel(fixed, str(digest), model_format, defaults, frozenset(logged))
+    outputs = frozenset(info.signature.outputs.input_names())
+    return ResolvedModel(fixed, str(digest), model_format, defaults, frozenset(logged), outputs)
 
 
 def _resolve_alias(uri: str) -> str:

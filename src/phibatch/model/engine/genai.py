@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from phibatch.contract import Completion, Message, Request
+from phibatch.contract import Completion, EngineName, Message, Request
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.engine.base import EngineOptions
 from phibatch.model.engine.batches import plan_batches
@@ -23,6 +23,9 @@ class GenaiEngine:
     The library lets the rows of a batch share one random stream and one set of parameters, and knows no stop strings.
     So each step takes its logits, every row chooses for itself, and the choices go back in as logits.
     """
+
+    name = EngineName.GENAI.value
+    version = f"onnxruntime-genai {og.__version__}"
 
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         self._folder = ModelFolder.open(model_dir)
