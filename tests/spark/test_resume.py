@@ -90,13 +90,14 @@ def test_keys_of_another_version_are_generated_anew_only_when_that_is_said(run, 
     rows = {**THREE, "bad": " "}
     with pytest.raises(OutputError, match=sentence):
         run(rows)
+    assert calls() == []
     path = write_parquet([{"custom_id": name, "prompt": text} for name, text in rows.items()])
     config = job(path, model={"uri": "models:/counting/1"})
     validation = validate_job(spark, config)
     assert (validation.done, validation.older) == (1, 2)
     with pytest.raises(OutputError, match=sentence):
         validation.check()
-    assert calls() == []
+    assert len(calls()) == 2, "validate has had its prompts counted"
     _, table, asked = run(rows, job={"regenerate_older_keys": True})
     assert asked == ["three", "two"]
     assert [row["custom_id"] for row in table] == ["a", "b", "bad", "c", "d"]
