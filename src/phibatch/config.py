@@ -236,6 +236,9 @@ class JobSettings(_Section):
     """Instead, into how many chunks the rows are cut."""
     retry: Literal["failed", "none", "all"] = "failed"
     """Rows that are done again: `failed` are failures that may pass."""
+    regenerate_older_keys: bool = False
+    """Whether answered rows whose `request_key` is of another version are generated anew; `false`: the run stops before
+    it does that, and says how many rows it would be."""
     row_timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which a row ends as `timeout`, with its text so far."""
     worker_timeout: Annotated[float, Field(gt=0)] = 600

@@ -59,6 +59,11 @@ ENGINES = {
 """The engines that can answer with a model of each format."""
 
 
+def name_answerer(model: str, engine: EngineName) -> str:
+    """A model's URI or digest as that of what answers: `echo:<model>` where the engine is not the model."""
+    return f"{engine}:{model}" if engine == EngineName.ECHO else model
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """The values one generation parameter may take; `low` itself is excluded where `above` is set."""
@@ -148,7 +153,7 @@ class GenerationParams:
 
 
 def _read_response_format(text: str | None) -> str | None:
-    """The format in one spelling, so that equal ones are equal requests; None for any text."""
+    """The format, checked, without extra white space and with its keys in the user's order; None for any text."""
     if not text:
         return None
     try:
@@ -165,7 +170,7 @@ def _read_response_format(text: str | None) -> str | None:
         value = value.get(key) if isinstance(value, dict) else None
     if value is None or (kind == "regex" and not isinstance(value, str)):
         raise ValueError(f"response_format of type {kind} needs {'.'.join(RESPONSE_FORMATS[kind])}")
-    return json.dumps(wanted, sort_keys=True)
+    return json.dumps(wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +219,12 @@ def _derive(seed: int, place: int) -> int:
 
 
 def build_params(values: dict[str, Any]) -> GenerationParams:
-    """Parameters from loose values; absent ones take their defaults. Raises ValueError as `GenerationParams` does."""
+    """Parameters from loose values; absent and null ones take their defaults.
+
+    Raises:
+        ValueError: as `GenerationParams` does.
+    """
+    values = {name: value for name, value in values.items() if value is not None}
     stop = values.get("stop")
     if stop is None or isinstance(stop, str):
         stop = [stop] if stop else []
@@ -326,12 +336,21 @@ USAGE_COLUMNS = {
     "completion_tokens": "bigint",
     "cached_tokens": "bigint",
     "tokens_per_second": "double",
+    "engine": "string",
+    "engine_version": "string",
 }
 """The usage table, one row per run: column to Spark type, in order."""
 
-COMPLETION_TYPE = (
-    "struct<choices:array<struct<index:bigint,finish_reason:string,message:struct<role:string,content:string>>>,"
-    "usage:struct<prompt_tokens:bigint,completion_tokens:bigint,total_tokens:bigint,cached_tokens:bigint>,"
-    "error:struct<code:string,message:string>,created:bigint,generation_seconds:double>"
-)
+COMPLETION_COLUMNS = {
+    "choices": "array<struct<index:bigint,finish_reason:string,message:struct<role:string,content:string>>>",
+    "usage": RESPONSE_COLUMNS["usage"],
+    "error": RESPONSE_COLUMNS["error"],
+    "created": "bigint",
+    "generation_seconds": "double",
+    "engine": "string",
+    "engine_version": "string",
+}
 """What of the model's answer crosses Spark. No top-level leaf is ever null: MLflow would make it the text `nan`."""
+
+ENGINE_COLUMNS = ("engine", "engine_version")
+"""Those of them that models which were logged by phibatch 0.1.0 do not have."""

@@ -51,6 +51,21 @@ def test_answers_are_of_the_form_that_was_asked_for(engine):
     assert answers[2].text == free.text == "The capital of Spain is Madrid."
 
 
+def test_properties_are_answered_in_the_users_order(engine):
+    """The model reasons before it answers where the schema says so, and the other way round."""
+    orders = [["reasoning", "answer"], ["answer", "reasoning"]]
+    kinds = {"reasoning": {"type": "string", "maxLength": 8}, "answer": {"enum": ["yes", "no"]}}
+    schemas = [
+        {"type": "object", "properties": {name: kinds[name] for name in order}, "required": order} for order in orders
+    ]
+    wanted = [
+        json.dumps({"type": "json_schema", "json_schema": {"schema": {**schema, "additionalProperties": False}}})
+        for schema in schemas
+    ]
+    answers = engine.generate([ask(response_format=each) for each in wanted])
+    assert [list(json.loads(answer.text)) for answer in answers] == orders
+
+
 def test_an_answer_that_is_cut_is_no_answer(engine):
     """A limit or a stop string within the form makes the row `invalid_output`, and what it cost is counted."""
     cut, stopped = engine.generate(
@@ -89,8 +104,8 @@ def test_a_format_that_is_none_is_refused(text, sentence):
 
 
 def test_equal_formats_are_equal_requests():
-    """The spelling of the JSON does not tell requests apart, and `text` asks for nothing."""
-    left, right = ('{"type": "regex", "regex": "a"}', '{"regex":"a","type":"regex"}')
+    """White space does not tell requests apart, and `text` asks for nothing."""
+    left, right = ('{"type": "regex", "regex": "a"}', '{"type":"regex","regex":"a"}')
     assert GenerationParams(response_format=left) == GenerationParams(response_format=right)
     assert GenerationParams(response_format='{"type": "text"}') == GenerationParams()
 

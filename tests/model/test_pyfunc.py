@@ -5,6 +5,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import phibatch
 from phibatch import demo
 from phibatch.errors import InputError, ModelError
 
@@ -23,7 +24,8 @@ def test_the_tutorials_prompt_is_answered(model):
     response = model.predict({"prompt": TUTORIAL})
     assert "atoms" in response[0]["choices"][0]["message"]["content"]
     assert response[0]["choices"][0]["finish_reason"] == "stop"
-    assert set(response[0]) == {"id", "object", "created", "model", "choices", "usage", "error", "generation_seconds"}
+    fields = {"id", "object", "created", "model", "choices", "usage", "error", "generation_seconds"}
+    assert set(response[0]) == {*fields, "engine", "engine_version"}
     assert response[0]["object"] == "chat.completion"
     assert all(value is not None for value in response[0].values())
     assert type(response[0]["choices"][0]["finish_reason"]) is str
@@ -66,6 +68,7 @@ def test_the_echo_engine_is_chosen_by_name(model):
     """The same logged model answers with the stand-in when asked to."""
     response = model.predict({"messages": SPAIN}, params={"engine": "echo"})
     assert response[0]["choices"][0]["message"]["content"] == SPAIN[0]["content"]
+    assert (response[0]["engine"], response[0]["engine_version"]) == ("echo", f"phibatch {phibatch.__version__}")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import pytest
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict
 
+from phibatch.config import InputConfig
 from phibatch.errors import ConfigError, OutputError
 from phibatch.job.openai_batch import parse_lines
 from phibatch.job.pipeline import run_batch
+from phibatch.job.prompts import build_requests, check_columns
 from phibatch.job.publish import find_output
 
 pytestmark = pytest.mark.usefixtures("demo_model")
@@ -25,6 +27,10 @@ DOCUMENTED = """\
 "max_tokens": 1000}}
 {"custom_id": "request-3", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "gpt-3.5-turbo-0125"}}
 """
+
+
+REASONING, ANSWER = '"reasoning": {"maximum": 1.50}', '"answer": {"const": "\\u00e9\\n"}'
+ORDERS = (f"{REASONING}, {ANSWER}", f"{ANSWER}, {REASONING}")
 
 
 class Strict(BaseModel):
@@ -125,9 +131,6 @@ def test_the_documented_file_comes_back_in_the_documented_shape(batch, tmp_path)
 )
 def test_what_can_not_be_given_is_refused(spark, given, reason, job):
     """With the reason, and never by leaving out what was asked for."""
-    from phibatch.config import InputConfig
-    from phibatch.job.prompts import build_requests, check_columns
-
     text = spark.createDataFrame([(json.dumps(line(**given)),)], "value string")
     config = InputConfig(path="x", format="openai-batch")
     table = parse_lines(text)
@@ -168,6 +171,27 @@ def test_what_changes_nothing_is_let_through(batch):
         "big seed": "one",
         "developer": "hi",
     }
+
+
+def test_a_schemas_properties_keep_their_order(spark, job):
+    """As they stand in the line, they stand in the request."""
+    schemas = [
+        f'{{"type": "json_schema", "json_schema": {{"schema": {{"properties": {{{both}}}}}}}}}' for both in ORDERS
+    ]
+    start = (
+        '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", '
+    )
+    texts = [(f'{start}"content": "hi"}}], "response_format": {schema}}}}}',) for schema in schemas]
+    table = parse_lines(spark.createDataFrame(texts, "value string"))
+    config = InputConfig(path="x", format="openai-batch")
+    requests = build_requests(table, check_columns(table, config), config, job("x").generation)
+    rows = requests.select("_reason", "_params.response_format").collect()
+    assert [row["_reason"] for row in rows] == [None, None]
+    found = [json.loads(row["response_format"]) for row in rows]
+    assert [list(each["json_schema"]["schema"]["properties"].items()) for each in found] == [
+        [("reasoning", {"maximum": 1.5}), ("answer", {"const": "\u00e9\n"})],
+        [("answer", {"const": "\u00e9\n"}), ("reasoning", {"maximum": 1.5})],
+    ]
 
 
 def test_lines_that_are_no_json_have_their_answer_too(batch):

@@ -6,17 +6,34 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import yaml
+from mlflow.types import Schema
 from pyspark.sql import functions as F
 
-from phibatch.contract import RESPONSE_COLUMNS, USAGE_COLUMNS
+from phibatch import demo
+from phibatch.contract import ENGINE_COLUMNS, RESPONSE_COLUMNS, USAGE_COLUMNS, GenerationParams
 from phibatch.errors import ErrorRateExceeded, InputError, ModelError, OutputError
 from phibatch.job.generate import Lineage, build_predict, generate
 from phibatch.job.output import read_responses, read_usage
 from phibatch.job.pipeline import run_batch
 from phibatch.job.plan import group, identify
 from phibatch.job.prompts import build_requests, check_columns, read_prompts
+from phibatch.model.registry import signature
 
 pytestmark = pytest.mark.usefixtures("demo_model")
+
+EARLIER = """
+from mlflow.models import set_model
+from phibatch.model.pyfunc import ChatModel
+
+class Earlier(ChatModel):
+    def predict(self, context, model_input, params=None):
+        answers = super().predict(context, model_input, params)
+        for answer in answers:
+            del answer["engine"], answer["engine_version"]
+        return answers
+
+set_model(Earlier())
+"""
 
 
 @pytest.fixture
@@ -79,7 +96,7 @@ def test_the_summary_is_the_written_tables(answers, spark, job, write_parquet):
     run = mlflow.get_run(summary.run_id)
     assert run.data.metrics["succeeded"] == 9
     assert run.data.metrics["failed_invalid_request"] == 1
-    assert run.data.params["model.uri"] == summary.model
+    assert f"echo:{run.data.params['model.uri']}" == summary.model
     assert run.data.tags["phibatch.model"] == summary.model
     assert run.inputs.dataset_inputs[0].dataset.name
     logged = yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{summary.run_id}/config.yaml"))
@@ -161,11 +178,60 @@ def test_tables_by_name_work_as_paths_do(spark, job, write_parquet):
     try:
         assert spark.read.table("answers").first()["response"] == "hello"
         assert spark.read.table("answers_usage").count() == 1
-        assert run_batch(spark, config).skipped == 1
+        # As phibatch 0.1.0 has left it.
+        usage = spark.read.table("answers_usage").drop(*ENGINE_COLUMNS)
+        usage = spark.createDataFrame(usage.collect(), usage.schema)
+        spark.sql("DROP TABLE answers_usage")
+        usage.write.saveAsTable("answers_usage")
+        assert [row["engine"] for row in read_usage(spark, config.output).collect()] == [None]
+        config = job(None, input={"table": "prompts"}, output={"path": None, "table": "answers"}, job={"retry": "all"})
+        assert run_batch(spark, config).rows == 1
         assert spark.read.table("answers").count() == 1
+        assert [row["engine"] for row in read_usage(spark, config.output).collect()] == [None, "echo"]
     finally:
         for name in ("prompts", "answers", "answers_usage"):
             spark.sql(f"DROP TABLE IF EXISTS {name}")
+
+
+def test_a_model_that_was_logged_by_an_earlier_version_answers(spark, job, write_parquet, tmp_path):
+    """Its answers name no engine, nor does the usage table then; a usage table without the columns gets them."""
+    code = tmp_path / "earlier.py"
+    code.write_text(EARLIER)
+    known = signature(GenerationParams())
+    known.outputs = Schema([each for each in known.outputs if each.name not in ENGINE_COLUMNS])
+    info = mlflow.pyfunc.log_model(
+        name="earlier",
+        python_model=str(code),
+        artifacts={"model": str(demo.MODEL_DIR)},
+        signature=known,
+        pip_requirements=[],
+        model_config={"name": "earlier", "digest": "earlier"},
+        metadata={"phibatch_digest": "earlier"},
+    )
+    config = job(write_parquet([{"custom_id": "1", "prompt": "x"}]), model={"uri": info.model_uri})
+    assert run_batch(spark, config).succeeded == 1
+    usage = spark.read.parquet(config.output.usage_place).drop(*ENGINE_COLUMNS)
+    usage = spark.createDataFrame(usage.collect(), usage.schema)
+    usage.write.mode("overwrite").parquet(config.output.usage_place)
+    run_batch(spark, job(write_parquet([{"custom_id": "2", "prompt": "x"}], "other")))
+    usage = read_usage(spark, config.output).collect()
+    assert [(row["engine"], row["engine_version"] is None) for row in usage] == [(None, True), ("echo", False)]
+
+
+def test_the_sessions_settings_change_nothing(spark, job, write_parquet, tmp_path):
+    """The table, its keys and what a second run does are the same under each; nulls in a request are no values."""
+    rows = [{"custom_id": str(n), "prompt": f"say {n % 3}" if n else None, "max_tokens": 1 + n % 2} for n in range(6)]
+    tables = []
+    for settings in ({}, {"jsonGenerator.ignoreNullFields": "false", "ansi.enabled": "false", "caseSensitive": "true"}):
+        session = spark.newSession()
+        for name, value in settings.items():
+            session.conf.set(f"spark.sql.{name}", value)
+        config = job(write_parquet(rows), output={"path": str(tmp_path / f"output{len(tables)}")})
+        assert run_batch(session, config).succeeded == 5
+        assert run_batch(spark, config).skipped == 6
+        written = read_responses(session, config.output)
+        tables.append(written.drop("run_id", "created", "generation_seconds").orderBy("custom_id").collect())
+    assert tables[0] == tables[1]
 
 
 def test_an_empty_table_is_a_finished_job(answers, write_parquet):

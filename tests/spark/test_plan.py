@@ -1,5 +1,9 @@
+import hashlib
 import json
+import re
+from datetime import UTC, datetime
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,8 +17,8 @@ from phibatch.job.stage import PARTITION_BITS
 
 @pytest.fixture
 def plan(spark, write_parquet):
-    def build(rows, generation=None, digest="d1", keep_columns=()):
-        settings = InputConfig(path=write_parquet(rows))
+    def build(rows, generation=None, digest="d1", keep_columns=(), schema=None):
+        settings = InputConfig(path=write_parquet(rows, schema=schema))
         prompts = read_prompts(spark, settings)
         columns = check_columns(prompts, settings)
         requests = build_requests(prompts, columns, settings, generation or GenerationConfig(), keep_columns)
@@ -61,7 +65,7 @@ def test_a_missing_seed_comes_from_request_and_custom_id(plan):
 def test_the_request_key_holds_messages_parameters_and_model(plan):
     """The key changes with each of the three, and with nothing else."""
     base = lines(plan([{"custom_id": "a", "prompt": "q"}]))[0]["request_key"]
-    assert len(base) == 64
+    assert re.fullmatch("v2:[0-9a-f]{64}", base)
     assert lines(plan([{"custom_id": "b", "prompt": "q"}]))[0]["request_key"] == base
     keys = {
         base,
@@ -71,6 +75,71 @@ def test_the_request_key_holds_messages_parameters_and_model(plan):
         lines(plan([{"custom_id": "a", "prompt": "q"}], GenerationConfig(stop=("x",))))[0]["request_key"],
     }
     assert len(keys) == 5
+
+
+def test_keys_and_requests_are_the_same_in_any_session(spark):
+    """No setting of the session is in a key, a row's name or a request; two orders of a schema's keys are one key."""
+    schema = '{"type": "json_schema", "json_schema": {"schema": {"properties": {"reasoning": {}, "answer": {}}}}}'
+    turned = '{"json_schema": {"schema": {"properties": {"answer": {}, "reasoning": {}}}}, "type": "json_schema"}'
+    frame = "prompt string, messages array<struct<role:string,content:string,at:timestamp>>, temperature double"
+    frame += ", response_format string"
+    conversation = [("user", "q", datetime(2026, 1, 1, tzinfo=UTC)), ("assistant", None, None), ("user", "r", None)]
+    rows = [
+        ("q", None, 0.7, schema),
+        ("q", None, 0.7, turned),
+        ("q", None, None, "{oops"),
+        (None, conversation, 0.0, ""),
+    ]
+    config = InputConfig(path="unused")
+
+    def look(**settings):
+        session = spark.newSession()
+        for key, value in settings.items():
+            session.conf.set(f"spark.sql.{key.replace('_', '.')}", value)
+        table = session.createDataFrame(rows, frame)
+        requests = build_requests(table, check_columns(table, config), config, GenerationConfig())
+        return lines(group(identify(requests, "d1")))
+
+    base = look()
+    assert look(jsonGenerator_ignoreNullFields="false") == base
+    assert look(ansi_enabled="false", caseSensitive="true", session_timeZone="Asia/Tokyo") == base
+    shared = [row for row in base if row["request"] and "reasoning" in row["request"]]
+    assert len({row["request_key"] for row in base}) == 3
+    assert len({row["request_key"] for row in shared}) == 1
+    assert {json.loads(row["request"])["response_format"] for row in shared} == {schema, turned}
+
+
+def test_columns_are_found_by_any_case_in_a_case_sensitive_session(spark):
+    """A table's `Prompt` is the job's `prompt` whatever the session says."""
+    session = spark.newSession()
+    session.conf.set("spark.sql.caseSensitive", "true")
+    table = session.createDataFrame([("a", "q")], "Custom_ID string, Prompt string")
+    config = InputConfig(path="unused")
+    requests = build_requests(table, check_columns(table, config), config, GenerationConfig())
+    (row,) = lines(group(identify(requests, "d1")))
+    assert (row["custom_id"], row["reason"]) == ("a", None)
+
+
+def test_a_parameter_at_its_default_is_not_in_the_key(plan):
+    """Written out or left out, it is the same request; so is one before and after a new parameter came."""
+    written = {"prompt": "q", "max_tokens": 300, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    written |= {"repetition_penalty": 1.0, "response_format": '{"type": "text"}'}
+    kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    schema = pa.schema([(name, kinds[type(value)]) for name, value in written.items()])
+    schema = schema.append(pa.field("stop", pa.list_(pa.string())))
+    (out,) = lines(plan([{"prompt": "q"}]))
+    (whole,) = lines(plan([{**written, "stop": []}], schema=schema))
+    assert whole["request_key"] == out["request_key"]
+    text = '{"messages":[{"role":"user","content":"q"}]}\nd1'
+    assert out["request_key"] == f"v2:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def test_a_rows_own_name_is_as_it_was(plan):
+    """The hash of the content that stands in for a `custom_id` is that of phibatch 0.1.0."""
+    schema = pa.schema([("prompt", pa.string()), ("system", pa.string()), ("max_tokens", pa.int64())])
+    (row,) = lines(plan([{"prompt": "q", "system": None, "max_tokens": 5}], schema=schema))
+    text = '{"prompt":"q","max_tokens":5,"_prompt":"q"}'
+    assert row["custom_id"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_of_rows_with_one_custom_id_the_same_one_is_kept_in_any_order(plan):

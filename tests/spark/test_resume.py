@@ -1,10 +1,17 @@
 """The same command again does what is missing, and nothing twice."""
 
-import pytest
+from importlib.metadata import version
 
+import mlflow
+import pytest
+from pyspark.sql import functions as F
+
+import phibatch
 from phibatch.errors import OutputError
 from phibatch.job import output
+from phibatch.job.output import read_usage
 from phibatch.job.pipeline import run_batch
+from phibatch.job.validate import validate_job
 
 pytestmark = pytest.mark.usefixtures("demo_model")
 
@@ -46,6 +53,56 @@ def test_rows_that_left_the_input_are_kept_or_dropped(run, orphans, left):
     assert asked == ["four"]
     assert {row["custom_id"] for row in table} == left
     assert len(table) == len(left)
+
+
+def test_an_echo_is_not_the_models_answer(run, spark, job):
+    """After an echo the model generates every row, after the model the echo; key, model, usage and tags tell which."""
+    seen = {}
+    for engine, name, library in (
+        ("echo", "echo:models:/counting/1", f"phibatch {phibatch.__version__}"),
+        ("auto", "models:/counting/1", f"onnxruntime {version('onnxruntime')}"),
+        ("echo", "echo:models:/counting/1", f"phibatch {phibatch.__version__}"),
+    ):
+        settings = {"uri": "models:/counting/1", "engine": engine}
+        summary, table, asked = run(THREE, model=settings, generation={"max_tokens": 4})
+        assert asked == ["one", "three", "two"]
+        assert [row["model"] for row in table] == [name] * 3
+        keys = {row["request_key"] for row in table}
+        assert seen.setdefault(engine, keys) == keys
+        usage = read_usage(spark, job("x").output).collect()[-1]
+        told = (name, {"echo": "echo", "auto": "slots"}[engine], library)
+        assert (usage["model"], usage["engine"], usage["engine_version"]) == told
+        tags = mlflow.get_run(summary.run_id).data.tags
+        assert tuple(tags[f"phibatch.{word}"] for word in ("model", "engine", "engine_version")) == told
+    assert not seen["echo"] & seen["auto"]
+    summary, _, asked = run(THREE, generation={"max_tokens": 4})
+    assert (asked, summary.engine, summary.engine_version) == ([], None, None)
+
+
+def test_keys_of_another_version_are_generated_anew_only_when_that_is_said(run, spark, job, write_parquet, calls):
+    """A run and `validate` say how many answered rows it is, of those that are in the input."""
+    run({**THREE, "d": "four", "bad": " "})
+    place = job("x").output.path
+    older = F.when(F.col("custom_id") == "a", F.col("request_key")).otherwise(F.substring("request_key", 4, 64))
+    table = spark.read.parquet(place).withColumn("request_key", older)
+    spark.createDataFrame(table.collect(), table.schema).write.mode("overwrite").parquet(place)
+    sentence = "has answered 2 of the rows, and this run would generate them anew: set job.regenerate_older_keys"
+    rows = {**THREE, "bad": " "}
+    with pytest.raises(OutputError, match=sentence):
+        run(rows)
+    assert calls() == []
+    path = write_parquet([{"custom_id": name, "prompt": text} for name, text in rows.items()])
+    config = job(path, model={"uri": "models:/counting/1"})
+    validation = validate_job(spark, config)
+    assert (validation.done, validation.older) == (1, 2)
+    with pytest.raises(OutputError, match=sentence):
+        validation.check()
+    assert len(calls()) == 2, "validate has had its prompts counted"
+    _, table, asked = run(rows, job={"regenerate_older_keys": True})
+    assert asked == ["three", "two"]
+    assert [row["custom_id"] for row in table] == ["a", "b", "bad", "c", "d"]
+    assert [row["request_key"][:3] == "v2:" for row in table] == [True] * 4 + [False]
+    assert run(rows)[2] == []
 
 
 def test_failures_that_may_pass_are_tried_again(run, monkeypatch, spark, job):

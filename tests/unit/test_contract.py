@@ -37,12 +37,14 @@ def test_whole_numbers_may_arrive_as_doubles():
 
 
 def test_the_jobs_json_reads_back():
-    """The compact form holds OpenAI's words, and a seed of 60 bits survives it."""
+    """The compact form holds OpenAI's words, a seed of 60 bits survives it, and nulls are absent."""
     text = json.dumps(
         {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "seed": 2**60 + 1, "stop": ["."]}
     )
     expected = Request(GenerationParams(max_tokens=3, seed=2**60 + 1, stop=(".",)), messages=(Message("user", "hi"),))
     assert Request.from_json(text) == expected
+    nulls = {name: None for name in PARAMETERS if name not in {"max_tokens", "seed", "stop"}}
+    assert Request.from_json(json.dumps({**json.loads(text), **nulls})) == expected
 
 
 @pytest.mark.parametrize(

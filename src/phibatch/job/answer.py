@@ -14,7 +14,17 @@ from phibatch.contract import ErrorCode
 from phibatch.job.chunks import Chunk, Chunks, Sizes
 from phibatch.job.generate import Lineage, build_predict, generate, refuse
 from phibatch.job.output import ResponseTable
-from phibatch.job.plan import group, is_duplicate, lay_out, mark, match, number_responses
+from phibatch.job.plan import (
+    check_older,
+    count_older,
+    group,
+    is_duplicate,
+    is_older,
+    lay_out,
+    mark,
+    match,
+    number_responses,
+)
 from phibatch.job.session import count_slots, explain_failure
 from phibatch.job.stage import StagedPlan
 from phibatch.job.work import CHUNKS, WorkFolder
@@ -61,14 +71,20 @@ def stage(
 
     Returns:
         The plan, and the files to remove at the end: see `ResponseTable.replace`.
+
+    Raises:
+        OutputError: the table has answers with keys of another version, and the job does not say to replace them.
     """
     located = table.locate()
-    todo, numbered = rows, None
+    todo, numbered, there = rows, None, 0
     if located is not None:
         numbered = number_responses(located)
         todo = match(rows, numbered, config.job.retry).where(~F.col("done")).drop("done", "code")
+        there, older = located.agg(F.count("*"), F.count(F.when(is_older(), 1))).collect()[0]
+        if older and not config.job.regenerate_older_keys:
+            check_older(count_older(todo, located, config.job.retry), allowed=False)
     plan = StagedPlan(work, lay_out(group(todo)), prompts)
-    if located is None or numbered is None or located.count() == plan.counts.skipped:
+    if located is None or numbered is None or there == plan.counts.skipped:
         return plan, []
     return plan, table.set_aside(work, mark(numbered, rows, config.job.retry, config.output.orphans))
 
@@ -111,7 +127,13 @@ class Answers:
         self._plan = plan
         self._model = model
         self._lineage = lineage
+        self._engines: set[tuple[str, str]] = set()
         self._jobs = f"phibatch-{lineage.run_id}"
+
+    @property
+    def engines(self) -> list[tuple[str, str]]:
+        """The engines that have answered so far, each with its version; models of earlier versions do not tell."""
+        return sorted(self._engines)
 
     def reject(self) -> None:
         """Write the rows that can not be answered; the table is there afterwards, if it was not."""
@@ -138,7 +160,11 @@ class Answers:
         sizes = Sizes(math.ceil(rows / parts) if parts else config.job.chunk_rows, config.generation.n)
 
         def answer(chunk: Chunk) -> None:
-            self._write(chunk, generate(self._plan.take(chunk), predict, self._lineage))
+            told = Observation()
+            self._write(chunk, generate(self._plan.take(chunk), predict, self._lineage, told))
+            engine = told.get["engine"]
+            if engine is not None and engine["engine"] is not None:
+                self._engines.add((engine["engine"], engine["engine_version"]))
 
         chunks = Chunks(rows, sizes, answer, self._give_up, answered=self._plan.counts.skipped)
         try:

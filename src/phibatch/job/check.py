@@ -6,6 +6,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
 from phibatch.config import JobConfig
+from phibatch.contract import name_answerer
 from phibatch.errors import InputError
 from phibatch.job.generate import response_schema
 from phibatch.job.increment import Increment
@@ -38,6 +39,11 @@ class CheckedJob:
     increment: Increment | None
     rows: DataFrame
     schema: StructType
+
+    @property
+    def answerer(self) -> str:
+        """What answers, by name: the model's URI, or `echo:` and it."""
+        return name_answerer(self.model.uri, self.config.model.engine)
 
     def open_table(self, spark: SparkSession) -> ResponseTable:
         """The response table, as it is now."""
@@ -80,6 +86,6 @@ def check_job(spark: SparkSession, config: JobConfig) -> CheckedJob:
         prompt_version,
         prompts,
         increment,
-        identify(requests, model.digest),
+        identify(requests, name_answerer(model.digest, config.model.engine)),
         response_schema(prompts, keep_columns, extras),
     )

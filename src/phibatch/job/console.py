@@ -102,6 +102,8 @@ class Reporter:
         self._say(f"responses {output.name}")
         self._say(f"usage     {output.usage_place}")
         self._say(f"run       {summary.run_id}")
+        if summary.engine:
+            self._say(f"engine    {summary.engine} ({summary.engine_version})")
 
     def say_report(self, page: str) -> None:
         self._say(f"report    {page}")
@@ -129,6 +131,8 @@ class Reporter:
         table.add_row("rows", f"{validation.rows:,}")
         table.add_row("done already", f"{validation.done:,}")
         table.add_row("to generate", f"{validation.to_generate:,}")
+        if validation.older:
+            table.add_row("answered by another version", f"{validation.older:,}")
         table.add_row("duplicates of those", f"{validation.duplicates:,}")
         table.add_row("rejected", f"{validation.rejected:,}")
         for reason, count in validation.reasons.items():

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlflow
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructField, StructType
 
 from phibatch.config import JobSettings, ModelConfig
-from phibatch.contract import COMPLETION_TYPE, EXTRA_COLUMNS, RESPONSE_COLUMNS, ErrorCode
+from phibatch.contract import COMPLETION_COLUMNS, ENGINE_COLUMNS, EXTRA_COLUMNS, RESPONSE_COLUMNS, ErrorCode
 from phibatch.errors import InputError, ModelError
 from phibatch.job.output import build_schema
 from phibatch.model.registry import ResolvedModel
@@ -20,7 +20,7 @@ class Lineage:
     """Where a run's responses come from.
 
     Attributes:
-        model: the model's URI, by version.
+        model: the model's URI, by version, as `contract.name_answerer` gives it.
         run_id: the MLflow run.
         prompt_version: the registered prompts; None where there are none.
     """
@@ -58,7 +58,10 @@ def build_predict(
         raise ModelError(
             f"model {model.uri} was logged by an earlier phibatch, which had no {min(unknown)}: log it again"
         )
-    predict = mlflow.pyfunc.spark_udf(spark, model.uri, result_type=COMPLETION_TYPE, params=params)
+    # MLflow fails where an answer lacks a field of the result's type.
+    absent = set(ENGINE_COLUMNS) - model.outputs
+    fields = ",".join(f"{name}:{kind}" for name, kind in COMPLETION_COLUMNS.items() if name not in absent)
+    predict = mlflow.pyfunc.spark_udf(spark, model.uri, result_type=f"struct<{fields}>", params=params)
     # Deterministic functions may be evaluated again for every field that is read of their result.
     predict = predict.asNondeterministic()
     return lambda request: predict(F.struct(request.alias("request")))
@@ -78,21 +81,27 @@ def response_schema(prompts: DataFrame, keep_columns: Sequence[str], extras: Seq
     return StructType([*build_schema(columns), *(StructField(field.name, field.dataType) for field in kept)])
 
 
-def generate(plan: DataFrame, predict: Predict, lineage: Lineage) -> DataFrame:
+def generate(plan: DataFrame, predict: Predict, lineage: Lineage, told: Observation | None = None) -> DataFrame:
     """Response rows, still lazy: write them before anything else is done with them.
 
     Args:
         plan: rows with `request` and `rows`, as from `plan.group`; each partition is a task.
         predict: as from `build_predict`.
         lineage: of the rows.
+        told: has, once the rows are written, `engine`: the struct of `ENGINE_COLUMNS` that came with the answers. A
+            partition is one process, and so has one engine.
 
     Returns:
         One row per input row: `contract.RESPONSE_COLUMNS`, those of `EXTRA_COLUMNS` that no kept column is named like,
         and the kept columns.
     """
-    generated = plan.select("rows", predict(F.col("request")).alias("completion")).select(
-        F.explode("rows").alias("row"), "completion"
-    )
+    completions = plan.select("rows", predict(F.col("request")).alias("completion"))
+    if told:
+        known = completions.select("completion.*").columns
+        engine = (F.col(f"completion.{name}") if name in known else F.lit(None) for name in ENGINE_COLUMNS)
+        named = (column.cast("string").alias(name) for name, column in zip(ENGINE_COLUMNS, engine, strict=True))
+        completions = completions.observe(told, F.max(F.struct(*named)).alias("engine"))
+    generated = completions.select(F.explode("rows").alias("row"), "completion")
     failed = F.col("completion.error.code").isNotNull()
     choice = F.get("completion.choices", F.lit(0))
     answers = {

@@ -13,6 +13,7 @@ from phibatch.contract import NUMBERS, ErrorCode
 from phibatch.errors import RunError
 from phibatch.job.files import Folder
 from phibatch.job.session import first_line
+from phibatch.job.text import as_json
 from phibatch.job.work import WorkFolder
 
 PROBLEM = "_problem"
@@ -67,9 +68,10 @@ def parse_lines(text: DataFrame) -> DataFrame:
         _messages(values["messages"]).alias("messages"),
         *(column.alias(name) for name, column in numbers.items()),
         _stop(values["stop"]).alias("stop"),
-        F.when(_kind(values["response_format"]).startswith("OBJECT"), F.to_json(values["response_format"])).alias(
-            "response_format"
-        ),
+        # From the text: a variant would sort the keys, and a schema's properties are answered in their order.
+        F.when(
+            _kind(values["response_format"]).startswith("OBJECT"), F.get_json_object(LINE, "$.body.response_format")
+        ).alias("response_format"),
         _problem(values, numbers).alias(PROBLEM),
         LINE,
     )
@@ -138,16 +140,12 @@ def _build_lines(responses: DataFrame) -> DataFrame:
         ).alias("response"),
         F.when(failed, F.struct("error.code", "error.message")).alias("error"),
     )
-    return responses.select(_as_json(line).alias("value"))
-
-
-def _as_json(value: Column) -> Column:
-    return F.to_json(value, {"ignoreNullFields": "false"})
+    return responses.select(as_json(line, nulls=True).alias("value"))
 
 
 def _as_variant(value: Column) -> Column:
     """Structs of different fields in one column."""
-    return F.parse_json(_as_json(value))
+    return F.parse_json(as_json(value, nulls=True))
 
 
 def _kind(value: Column | str) -> Column:

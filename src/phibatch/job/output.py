@@ -167,6 +167,12 @@ def append_usage(spark: SparkSession, config: OutputConfig, usages: list[dict[st
         # A run that died may have come as far as this.
         known = {row["run_id"] for row in read_usage(spark, config).select("run_id").collect()}
     rows = [tuple(usage[name] for name in USAGE_COLUMNS) for usage in usages if usage["run_id"] not in known]
+    if config.table and spark.catalog.tableExists(config.usage_place):
+        there = spark.read.table(config.usage_place).columns
+        added = [f"{name} {kind}" for name, kind in USAGE_COLUMNS.items() if name not in there]
+        if added:
+            # An earlier version made the table.
+            spark.sql(f"ALTER TABLE {config.usage_place} ADD COLUMNS ({', '.join(added)})")
     writer = (
         spark.createDataFrame(rows, build_schema(USAGE_COLUMNS))
         .coalesce(1)
@@ -177,8 +183,10 @@ def append_usage(spark: SparkSession, config: OutputConfig, usages: list[dict[st
 
 
 def read_usage(spark: SparkSession, config: OutputConfig) -> DataFrame:
-    """The usage table, one row per run, oldest first."""
-    return _read(spark, config.usage_place, config, build_schema(USAGE_COLUMNS)).orderBy(F.col("started"))
+    """The usage table, one row per run, oldest first; what an earlier version did not write is null."""
+    found = _read(spark, config.usage_place, config, build_schema(USAGE_COLUMNS))
+    absent = {name: F.lit(None).cast(kind) for name, kind in USAGE_COLUMNS.items() if name not in found.columns}
+    return found.withColumns(absent).orderBy(F.col("started"))
 
 
 def _read(spark: SparkSession, place: str, config: OutputConfig, schema: StructType | None = None) -> DataFrame:

@@ -51,10 +51,10 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
         recover(work, table, config.output.mode)
         plan, replaced = stage(config, work, table, job.rows, job.prompts)
         with track_run(config, job.model, job.prompts, job.prompt_version) as run_id:
-            run = RunRecord(run_id, job.model.uri, started.isoformat())
+            run = RunRecord(run_id, job.answerer, started.isoformat())
             work.record(run)
             reporter.say_plan(plan.counts, count_slots(spark))
-            lineage = Lineage(job.model.uri, run_id, job.prompt_version)
+            lineage = Lineage(job.answerer, run_id, job.prompt_version)
             answers = Answers(spark, work, table, plan, job.model, lineage)
             work.check()
             answers.reject()
@@ -65,7 +65,7 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
                 table.replace(work, replaced, run_id)
             seconds = time.perf_counter() - clock
             written = read_responses(spark, config.output, job.schema)
-            summaries = summarise(written, [*earlier_runs, run], seconds, plan.counts)
+            summaries = summarise(written, [*earlier_runs, run], seconds, plan.counts, answers.engines)
             append_usage(spark, config.output, [each.as_usage() for each in summaries])
             summary = summaries[-1]
             log_summary(summary)

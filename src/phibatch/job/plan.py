@@ -3,11 +3,15 @@
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from phibatch.contract import PARAMETERS, RETRYABLE, ErrorCode
+from phibatch.contract import PARAMETERS, RETRYABLE, ErrorCode, GenerationParams
+from phibatch.errors import OutputError
+from phibatch.job.text import as_json, sort_json
 
 DUPLICATE = "duplicate custom_id: the input has it in another row too, and one row alone may keep it"
 ROW = ("custom_id", "request_key", "copy")
 """What tells one row from all others. Rows with one `custom_id` and one request are copies, numbered."""
+KEY_VERSION = "v2:"
+"""How a `request_key` begins. Keys of another version can not be compared with these: those of 0.1.0 have no prefix."""
 
 
 def identify(requests: DataFrame, digest: str) -> DataFrame:
@@ -15,18 +19,17 @@ def identify(requests: DataFrame, digest: str) -> DataFrame:
 
     Args:
         requests: as from `prompts.build_requests`.
-        digest: the model's.
+        digest: of what answers.
 
     Returns:
         `ROW`'s columns; `reason`, null where the row is to be answered; `kept`, the struct of kept columns; and
         `_messages` and `_params`.
     """
-    key = F.sha2(F.concat_ws("\n", F.to_json(F.struct("_messages", "_params")), F.lit(digest)), 256)
     identity = F.coalesce(F.col("_custom_id"), F.sha2("_content", 256))
     # Which of several rows keeps a custom_id, or has which ordinal, must not hang on their order in the table.
-    words = F.sha2(F.concat_ws("\n", "_content", F.to_json(F.struct("_kept"))), 256)
+    words = F.sha2(F.concat_ws("\n", "_content", as_json(F.struct("_kept"))), 256)
     same = Window.partitionBy("_identity").orderBy(F.col("_reason").isNotNull(), "request_key", words)
-    numbered = requests.select("*", key.alias("request_key"), identity.alias("_identity")).select(
+    numbered = requests.select("*", _key(digest).alias("request_key"), identity.alias("_identity")).select(
         "*", F.row_number().over(same).alias("_ordinal")
     )
     repeated = F.col("_ordinal") > 1
@@ -43,6 +46,29 @@ def identify(requests: DataFrame, digest: str) -> DataFrame:
     )
     copies = Window.partitionBy("custom_id", "request_key").orderBy("_ordinal")
     return named_rows.withColumn("copy", F.row_number().over(copies)).drop("_ordinal")
+
+
+def _key(digest: str) -> Column:
+    """The `request_key`: a hash of the messages, of the parameters that are not at their default, and of `digest`.
+
+    The text that is hashed is the same in any session. A parameter that a later version adds changes no key as long as
+    it is at its default.
+    """
+    defaults, params = GenerationParams(), F.col("_params")
+    given = {word: params[word] for word in PARAMETERS}
+    for word, column in given.items():
+        default = getattr(defaults, word)
+        if word == "stop":
+            given[word] = F.when(F.size(column) > 0, column)
+        elif default is not None:
+            given[word] = F.when(column != default, column)
+    wanted = given["response_format"]
+    kind = F.try_variant_get(F.try_parse_json(wanted), "$.type", "string")
+    asks_nothing = F.coalesce((wanted == "") | (kind == "text"), F.lit(False))
+    given["response_format"] = F.when(~asks_nothing, sort_json(wanted))
+    words = (given[word].alias(word) for word in sorted(given))
+    body = as_json(F.struct(F.col("_messages").alias("messages"), *words))
+    return F.concat(F.lit(KEY_VERSION), F.sha2(F.concat_ws("\n", body, F.lit(digest)), 256))
 
 
 def is_duplicate() -> Column:
@@ -84,6 +110,35 @@ def match(rows: DataFrame, numbered: DataFrame, retry: str) -> DataFrame:
     return rows.join(found, list(ROW), "left").withColumn("done", is_done(retry)).drop("message", "answered")
 
 
+def is_older() -> Column:
+    """Whether the `request_key` of a row of a response table is of another version."""
+    return ~F.col("request_key").startswith(KEY_VERSION)
+
+
+def count_older(todo: DataFrame, responses: DataFrame, retry: str) -> int:
+    """How many answered rows would be generated anew because their keys are of another version.
+
+    Args:
+        todo: rows as from `match` that are not done.
+        responses: the response table.
+        retry: as for `is_done`; with `all` every row is to be generated anew in any case.
+    """
+    if retry == "all":
+        return 0
+    answered = responses.where(is_older() & F.col("error.code").isNull()).select("custom_id").distinct()
+    return todo.where(F.col("reason").isNull()).join(answered, "custom_id", "left_semi").count()
+
+
+def check_older(rows: int, *, allowed: bool) -> None:
+    """Raise OutputError where so many rows would be generated anew, as `count_older` says, and it is not allowed."""
+    if rows and not allowed:
+        raise OutputError(
+            f"another version of phibatch, whose request keys can not be compared, has answered {rows:,} of the rows,"
+            " and this run would generate them anew: set job.regenerate_older_keys to true to allow that, or name"
+            " another output"
+        )
+
+
 def mark(numbered: DataFrame, rows: DataFrame, retry: str, orphans: str) -> DataFrame:
     """A response table's rows as from `number_responses`, with a column `keep`: whether they are still to be there.
 
@@ -118,7 +173,8 @@ def group(rows: DataFrame) -> DataFrame:
         reason: string, why the rows are rejected; null where they are not.
         rows: array of structs of `custom_id`, `request_key` and `kept`, the struct of kept columns.
     """
-    request = F.when(F.col("reason").isNull(), F.to_json(F.struct(F.col("_messages").alias("messages"), *_decoding())))
+    body = as_json(F.struct(F.col("_messages").alias("messages"), *_decoding()))
+    request = F.when(F.col("reason").isNull(), body)
     # Rejected rows are grouped by nothing but themselves.
     own = F.concat_ws("\n", *ROW)
     return (

@@ -15,6 +15,7 @@ from phibatch.contract import NUMBERS, ROLES, Bounds
 from phibatch.errors import InputError
 from phibatch.job.openai_batch import COLUMNS, LINE, PROBLEM, parse_lines
 from phibatch.job.session import first_line
+from phibatch.job.text import as_json
 
 MESSAGES_TYPE = "array<struct<role:string,content:string>>"
 ANY_TEXT = r"(?U)\S"
@@ -86,6 +87,9 @@ def check_columns(df: DataFrame, config: InputConfig, keep_columns: tuple[str, .
     if config.template is None and not {"prompt", "messages"} & set(names):
         absent = f"no column {wanted['prompt']} and no column {wanted['messages']}"
         raise InputError(f"the input has {absent}{_nearest(wanted['prompt'], df)}")
+    # By the table's own spelling: the session may tell upper case from lower.
+    spelled = {name.lower(): name for name in df.columns} | {name: name for name in df.columns}
+    names = {word: spelled.get(name, spelled[name.lower()]) for word, name in names.items()}
     columns = Columns(names, {word: types[name.lower()] for word, name in names.items()})
     for word, name in names.items():
         expected = _expected_type(word, columns.type(word))
@@ -130,8 +134,6 @@ def build_requests(
         F.when(F.exists(stop, lambda text: text.isNull() | (text == "")), "stop holds an empty string"),
     ]
     whole = {word: params[word].try_cast("bigint") if NUMBERS[word].whole else params[word] for word in NUMBERS}
-    # One answer is as good as no number, as it was when there was none.
-    whole["n"] = F.when(whole["n"] != 1, whole["n"])
     # The row's own words; what the configuration adds to all rows is not among them.
     content = [columns[word].alias(word) for word in columns.names if word != "custom_id"]
     kept = F.struct(*(_column(name).alias(name) for name in keep_columns))
@@ -139,7 +141,7 @@ def build_requests(
         (columns["custom_id"].cast("string") if "custom_id" in columns else F.lit(None).cast("string")).alias(
             "_custom_id"
         ),
-        (F.col(LINE) if batch else F.to_json(F.struct(*content, prompt.alias("_prompt")))).alias("_content"),
+        (F.col(LINE) if batch else as_json(F.struct(*content, prompt.alias("_prompt")))).alias("_content"),
         F.when(has_opening, F.concat(F.array(_message("system", opening)), conversation))
         .otherwise(conversation)
         .cast(MESSAGES_TYPE)

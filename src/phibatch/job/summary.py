@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 import phibatch
 from phibatch.config import InputConfig, JobConfig
-from phibatch.contract import USAGE_COLUMNS
+from phibatch.contract import ENGINE_COLUMNS, USAGE_COLUMNS, name_answerer
 from phibatch.job.stage import PlanCounts
 from phibatch.job.work import RunRecord
 from phibatch.model.registry import ResolvedModel
@@ -38,6 +38,7 @@ class BatchSummary:
     `seconds` is wall time from the run's start to the written table; `tokens_per_second` is `completion_tokens` by it.
     A row answered with another's generation (`duplicates`) has that generation's usage, as it would have alone.
     `skipped` are rows that were there already; `table_rows` and `table_failed` count the whole table.
+    `engine` and `engine_version` are what answered: None where nothing was generated, or it is not known.
     """
 
     run_id: str
@@ -54,6 +55,8 @@ class BatchSummary:
     skipped: int = 0
     table_rows: int = 0
     table_failed: int = 0
+    engine: str | None = None
+    engine_version: str | None = None
 
     @property
     def failed(self) -> int:
@@ -86,7 +89,11 @@ class BatchSummary:
 
 
 def summarise(
-    responses: DataFrame, runs: Sequence[RunRecord], seconds: float, counts: PlanCounts
+    responses: DataFrame,
+    runs: Sequence[RunRecord],
+    seconds: float,
+    counts: PlanCounts,
+    engines: Sequence[tuple[str, str]],
 ) -> list[BatchSummary]:
     """Add up a written response table by run, in one pass.
 
@@ -95,6 +102,7 @@ def summarise(
         runs: those to account for, the present one last. One that died before lasted until its last row.
         seconds: of the present one.
         counts: of its plan.
+        engines: that answered in it, each with its version.
     """
     groups = (
         responses.groupBy("run_id", F.col("error.code").alias("code"))
@@ -112,6 +120,7 @@ def summarise(
         started = datetime.fromisoformat(run.started)
         present = run is runs[-1]
         last = max((group["last"] for group in own), default=started.timestamp())
+        tokens: dict[str, Any] = {name: sum(group[name] or 0 for group in own) for name in TOKENS}
         summary = BatchSummary(
             run_id=run.run_id,
             model=run.model,
@@ -120,17 +129,20 @@ def summarise(
             rows=sum(by_code.values()),
             succeeded=by_code.pop(None, 0),
             failed_by_code=by_code,
-            **{name: sum(group[name] or 0 for group in own) for name in TOKENS},
+            **tokens,
         )
         summaries.append(summary)
     table_rows = sum(group["rows"] for group in groups)
     table_failed = sum(group["rows"] for group in groups if group["code"] is not None)
+    engine, engine_version = (", ".join(dict.fromkeys(pair[place] for pair in engines)) or None for place in (0, 1))
     summaries[-1] = replace(
         summaries[-1],
         duplicates=counts.duplicates,
         skipped=counts.skipped,
         table_rows=table_rows,
         table_failed=table_failed,
+        engine=engine,
+        engine_version=engine_version,
     )
     return summaries
 
@@ -162,7 +174,7 @@ def track_run(
         mlflow.set_tags(
             {
                 "phibatch.version": phibatch.__version__,
-                "phibatch.model": model.uri,
+                "phibatch.model": name_answerer(model.uri, config.model.engine),
                 "phibatch.model_digest": model.digest,
                 **({"phibatch.prompt_version": prompt_version} if prompt_version else {}),
             }
@@ -182,8 +194,10 @@ def log_progress(run_id: str, metrics: dict[str, float], step: int) -> None:
 
 
 def log_summary(summary: BatchSummary) -> None:
-    """Log a run's totals as metrics of the active run."""
+    """Log a run's totals as metrics of the active run, and what answered as tags."""
     mlflow.log_metrics(summary.as_metrics())
+    told = {f"phibatch.{name}": getattr(summary, name) for name in ENGINE_COLUMNS}
+    mlflow.set_tags({tag: value for tag, value in told.items() if value is not None})
     mlflow.log_dict({**asdict(summary), "started": summary.started.isoformat()}, "summary.json")
 
 

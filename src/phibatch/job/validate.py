@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
@@ -16,7 +16,7 @@ from phibatch.job.answer import find_finished
 from phibatch.job.calibrate import Estimate, build_estimate, generate_sample
 from phibatch.job.check import CheckedJob, check_job
 from phibatch.job.generate import build_predict
-from phibatch.job.plan import group, match, number_responses
+from phibatch.job.plan import check_older, count_older, group, match, number_responses
 from phibatch.job.session import count_slots, explain_failure
 from phibatch.job.work import WorkFolder
 
@@ -54,6 +54,8 @@ class Validation:
         max_error_rate: the share of all rows that may fail.
         prompt_tokens: None where nothing is to be generated.
         estimate: None without a sample.
+        regenerate_older_keys: whether rows may be generated anew that another version of phibatch has answered.
+        older: how many rows these are, of those to generate.
     """
 
     rows: int
@@ -67,9 +69,12 @@ class Validation:
     max_error_rate: float
     prompt_tokens: PromptTokens | None
     estimate: Estimate | None
+    regenerate_older_keys: bool
+    older: int = 0
 
     def check(self) -> None:
-        """Raise InputError when the run would fail: more rows than it allows would."""
+        """Raise UserError when the run would fail: more rows than it allows would, or it may not generate them anew."""
+        check_older(self.older, allowed=self.regenerate_older_keys)
         failed = self.done_failed + self.rejected + sum(self.refused.values())
         if failed > self.rows * self.max_error_rate:
             raise InputError(
@@ -102,8 +107,10 @@ def validate_job(
     job = check_job(spark, config)
     work = WorkFolder(spark, config.output)
     with work.visited():
-        rows = _match(spark, job, work).persist(StorageLevel.DISK_ONLY)
-        todo = group(rows.where(~F.col("done")).drop("done", "code")).persist(StorageLevel.DISK_ONLY)
+        matched, responses = _match(spark, job, work)
+        rows = matched.persist(StorageLevel.DISK_ONLY)
+        undone = rows.where(~F.col("done")).drop("done", "code")
+        todo = group(undone).persist(StorageLevel.DISK_ONLY)
         try:
             counts = rows.groupBy("done", F.col("reason").isNotNull().alias("rejected")).agg(
                 F.count("*").alias("rows"), F.count("code").alias("failed")
@@ -112,7 +119,9 @@ def validate_job(
             frequent = reasons.orderBy(F.desc("count"), "reason").limit(MOST_REASONS)
             requests = todo.where("request IS NOT NULL").select("request", F.size("rows").alias("rows"))
             told = {row["reason"]: row["count"] for row in frequent.collect()}
-            return _validate(spark, job, counts.collect(), told, requests, sample, (executors, cores))
+            validation = _validate(spark, job, counts.collect(), told, requests, sample, (executors, cores))
+            older = count_older(undone, responses, config.job.retry) if responses is not None else 0
+            return replace(validation, older=older)
         except (PySparkException, Py4JJavaError) as error:
             raise ModelError(f"the run would fail: {explain_failure(error)}") from error
         finally:
@@ -120,8 +129,11 @@ def validate_job(
             rows.unpersist()
 
 
-def _match(spark: SparkSession, job: CheckedJob, work: WorkFolder) -> DataFrame:
-    """The rows, with whether they are done: in the table, or by a run that died before it put them there."""
+def _match(spark: SparkSession, job: CheckedJob, work: WorkFolder) -> tuple[DataFrame, DataFrame | None]:
+    """The rows, with whether they are done, and the responses that say so; None where there are none.
+
+    Responses are in the table, or of a run that died before it put them there.
+    """
     table = job.open_table(spark)
     there = table.read()
     finished = find_finished(work, table, job.config.output.mode)
@@ -129,8 +141,8 @@ def _match(spark: SparkSession, job: CheckedJob, work: WorkFolder) -> DataFrame:
         there = there.select(*table.schema.names)
     found = there.unionByName(finished) if there is not None and finished is not None else there or finished
     if found is None:
-        return job.rows.withColumns({"done": F.lit(False), "code": F.lit(None).cast("string")})
-    return match(job.rows, number_responses(found), job.config.job.retry)
+        return job.rows.withColumns({"done": F.lit(False), "code": F.lit(None).cast("string")}), None
+    return match(job.rows, number_responses(found), job.config.job.retry), found
 
 
 def _validate(
@@ -180,6 +192,7 @@ def _validate(
         max_error_rate=config.job.max_error_rate,
         prompt_tokens=tokens,
         estimate=estimate,
+        regenerate_older_keys=config.job.regenerate_older_keys,
     )
 
 

@@ -17,14 +17,13 @@ from phibatch.contract import (
     Completion,
     EngineName,
     ErrorCode,
-    GenerationParams,
     ModelFormat,
     Request,
     build_messages,
     build_params,
 )
 from phibatch.errors import InputError
-from phibatch.model.engine.base import EngineOptions, check_engine, generate
+from phibatch.model.engine.base import Engine, EngineOptions, check_engine, generate
 
 ARTIFACT = "model"
 """The logged folder's name among the model's artifacts."""
@@ -59,7 +58,8 @@ class Predictor:
                 nothing, and tells of each row its prompt's tokens, or why it would fail.
 
         Returns:
-            One dict per row: `id, object, created, model, choices, usage, error, generation_seconds`, never null.
+            One dict per row: `id, object, created, model, choices, usage, error, generation_seconds,
+            engine, engine_version`, never null.
             A row that failed has `choices: []` and `error: {code, message}`.
 
         Raises:
@@ -69,11 +69,11 @@ class Predictor:
         """
         if not {"messages", "prompt", "request"} & set(model_input.columns):
             raise InputError("there is nothing to answer: the input has neither messages nor a prompt")
-        engine = EngineName(params["engine"])
-        check_engine(self._format, engine)
+        chosen = EngineName(params["engine"])
+        check_engine(self._format, chosen)
         # A model that was logged by an earlier version has not all of the parameters.
         options = EngineOptions(
-            engine,
+            chosen,
             int(params["batch_size"]),
             _threads(),
             int(params.get("memory", 0)),
@@ -95,7 +95,7 @@ class Predictor:
             for place, request in requests.items()
             for choice in request.choices()[: 1 if count_only else None]
         ]
-        completions = generate(
+        engine, completions = generate(
             self._model_dir,
             self._digest,
             options,
@@ -107,7 +107,7 @@ class Predictor:
         for place, request in requests.items():
             # Greedy answers are all the same one.
             outcomes[place] *= request.params.n // len(outcomes[place])
-        return [_as_openai(outcomes[place], self._name) for place in range(len(model_input))]
+        return [_as_openai(outcomes[place], self._name, engine) for place in range(len(model_input))]
 
 
 class ChatModel(PythonModel):
@@ -145,7 +145,7 @@ def _build_request(row: dict[Hashable, Any], params: dict[str, Any]) -> Request:
     if isinstance(row.get("request"), str):
         return Request.from_json(row["request"])
     own = {name: row[name] for name in PARAMETERS if name in row and not _is_absent(row[name])}
-    generation = _build_params({**params, **own})
+    generation = build_params({name: params[name] for name in PARAMETERS if name in params} | own)
     if isinstance(row.get("prompt"), str):
         return Request(generation, prompt=row["prompt"])
     if _is_absent(row.get("messages")):
@@ -157,16 +157,12 @@ def _is_absent(value: Any) -> bool:
     return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
 
-def _build_params(params: dict[str, Any]) -> GenerationParams:
-    return build_params({name: params[name] for name in PARAMETERS if params.get(name) is not None})
-
-
 def _threads() -> int:
     """Spark sets OMP_NUM_THREADS from the task's cpus; elsewhere all of the process's own."""
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
-def _as_openai(completions: list[Completion], model: str) -> dict[str, Any]:
+def _as_openai(completions: list[Completion], model: str, engine: Engine) -> dict[str, Any]:
     """One row's completions as one `chat.completion`; it has failed when one of them has."""
     failed = next((each for each in completions if each.error_code), None)
     choices = [
@@ -193,4 +189,6 @@ def _as_openai(completions: list[Completion], model: str) -> dict[str, Any]:
             "message": failed and failed.error_message,
         },
         "generation_seconds": max(each.generation_seconds for each in completions),
+        "engine": engine.name,
+        "engine_version": engine.version,
     }

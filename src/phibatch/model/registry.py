@@ -58,6 +58,7 @@ class ResolvedModel:
         defaults: the generation parameters it was logged with.
         options: the names of all parameters that its `predict` takes.
         takes_system: whether its chat template has a place for a system message.
+        outputs: the names of all fields that its answers have.
     """
 
     uri: str
@@ -66,6 +67,7 @@ class ResolvedModel:
     defaults: GenerationParams
     options: frozenset[str]
     takes_system: bool
+    outputs: frozenset[str]
 
     def check_engine(self, name: EngineName) -> None:
         """Raise ModelError where an engine can not run this model."""
@@ -112,6 +114,8 @@ def signature(defaults: GenerationParams) -> ModelSignature:
                 ColSpec(Object(usage), "usage"),
                 ColSpec(Object(error), "error"),
                 ColSpec(DataType.double, "generation_seconds"),
+                ColSpec(DataType.string, "engine"),
+                ColSpec(DataType.string, "engine_version"),
             ]
         ),
         params=ParamSchema(
@@ -292,7 +296,8 @@ def resolve_model(uri: str) -> ResolvedModel:
     defaults = build_params({name: logged[name] for name in PARAMETERS if name in logged and name != "seed"})
     # An earlier version did not say.
     takes_system = bool((info.metadata or {}).get("phibatch_takes_system", True))
-    return ResolvedModel(fixed, str(digest), model_format, defaults, frozenset(logged), takes_system)
+    outputs = frozenset(info.signature.outputs.input_names())
+    return ResolvedModel(fixed, str(digest), model_format, defaults, frozenset(logged), takes_system, outputs)
 
 
 def _resolve_alias(uri: str) -> str:

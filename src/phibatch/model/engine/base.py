@@ -16,6 +16,16 @@ from phibatch.model.engine.watchdog import watch
 class Engine(Protocol):
     """Answers requests. One lives in a process, and it is not called from two threads at once."""
 
+    @property
+    def name(self) -> str:
+        """One of `contract.EngineName`."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """The library that computes, and its version: `onnxruntime 1.31.1`."""
+        ...
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order; a request that can not be answered becomes a failed completion.
 
@@ -70,14 +80,15 @@ _one_at_a_time = threading.Lock()
 
 def generate(
     model_dir: Path, digest: str, options: EngineOptions, requests: Sequence[Request], *, count_only: bool = False
-) -> list[Completion]:
+) -> tuple[Engine, list[Completion]]:
     """Generate with the process's engine, one caller at a time: a scoring server calls from many threads.
 
+    Gives the engine too: with `auto` it is known only here.
     With `count_only` prompts are read and their tokens counted, as `Engine.count`.
     """
     with _one_at_a_time, watch(options.worker_timeout):
         engine = load_engine(model_dir, digest, options)
-        return engine.count(requests) if count_only else engine.generate(requests)
+        return engine, engine.count(requests) if count_only else engine.generate(requests)
 
 
 def load_engine(model_dir: Path, digest: str, options: EngineOptions) -> Engine:

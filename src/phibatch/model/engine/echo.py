@@ -4,7 +4,8 @@ import re
 import time
 from collections.abc import Sequence
 
-from phibatch.contract import Completion, FinishReason, Request, Usage
+import phibatch
+from phibatch.contract import Completion, EngineName, FinishReason, Request, Usage
 
 
 class EchoEngine:
@@ -12,6 +13,9 @@ class EchoEngine:
 
     `max_tokens` and `stop` hold as for a real engine, and usage counts words.
     """
+
+    name = EngineName.ECHO.value
+    version = f"phibatch {phibatch.__version__}"
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return [_echo(request) for request in requests]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime_genai as og
 
-from phibatch.contract import Completion, Message, Request
+from phibatch.contract import Completion, EngineName, Message, Request
 from phibatch.errors import EngineError
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.engine.attention import UnsupportedGraph, read_reach, read_windows, write_windows
@@ -27,6 +27,9 @@ class GenaiEngine:
     The library lets the rows of a batch share one random stream and one set of parameters, and knows no stop strings.
     So each step takes its logits, every row chooses for itself, and the choices go back in as logits.
     """
+
+    name = EngineName.GENAI.value
+    version = f"onnxruntime-genai {og.__version__}"
 
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         self._folder = ModelFolder.open(model_dir)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 
-from phibatch.contract import Completion, ErrorCode, Request
+from phibatch.contract import Completion, EngineName, ErrorCode, Request
 from phibatch.errors import EngineError, RowError
 from phibatch.model.engine import watchdog
 from phibatch.model.engine.base import EngineOptions
@@ -38,6 +39,9 @@ class SlotsEngine:
     bit whatever is beside it: the kernels compute a row alike in any number of rows from two up, so nothing but a whole
     prompt of one token is ever fed as a single token, and a row alone has an idle one beside it.
     """
+
+    name = EngineName.SLOTS.value
+    version = f"onnxruntime {onnxruntime.__version__}"
 
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         self._folder = ModelFolder.open(model_dir)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from phibatch.contract import Completion, Message, Request
+from phibatch.contract import Completion, EngineName, Message, Request
 from phibatch.errors import EngineError
 from phibatch.model.chat import ChatTokenizer
 from phibatch.model.checkpoint import context_length
@@ -40,6 +41,9 @@ class TransformersEngine:
     that a `LogitsProcessor` is shown, and a `StoppingCriteria` tells which rows are done. Padding is masked, so a row's
     logits are the same in any batch up to the rounding of sums of another shape: some 1e-5 in float32.
     """
+
+    name = EngineName.TRANSFORMERS.value
+    version = f"transformers {transformers.__version__}"
 
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         torch.set_num_threads(options.threads)
