@@ -27,7 +27,7 @@ class CountingModel(ChatModel):
             raise EngineError("the weights are broken")
         answers = super().predict(context, model_input, params)
         for request, answer in zip(model_input["request"], answers, strict=True):
-            if "-late-" in request:
+            if "-late-" in request and not calls.with_name("mended").exists():
                 answer.update(choices=[], error={"code": ErrorCode.TIMEOUT, "message": "late"})
         return answers
 

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import posixpath
 import re
 import string
 from dataclasses import asdict
@@ -22,6 +23,9 @@ from pydantic import (
 
 from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams, build_params
 from phibatch.errors import ConfigError
+
+ROOT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?(//[^/]*)?")
+"""What a path may begin with: a file system's scheme and authority."""
 
 ENVIRONMENT = re.compile(r"\$\{(\w+)\}")
 
@@ -207,7 +211,7 @@ class OutputConfig(_Section):
     @property
     def name(self) -> str:
         """The output's path or name, by which what lies beside it is named."""
-        return (self.table or self.path or "").rstrip("/")
+        return self.table or normalise(self.path or "")
 
     @property
     def place(self) -> str:
@@ -222,7 +226,7 @@ class OutputConfig(_Section):
     @property
     def usage_place(self) -> str:
         """The usage table's path or name."""
-        return f"{self.name}_usage"
+        return f"{self.name[:-1]}_usage`" if self.table and self.name.endswith("`") else f"{self.name}_usage"
 
 
 class JobSettings(_Section):
@@ -274,7 +278,7 @@ class JobConfig(_Section):
 
     @model_validator(mode="after")
     def _input_is_safe(self) -> Self:
-        read = (self.input.table or self.input.path or "").rstrip("/")
+        read = self.input.table or normalise(self.input.path or "")
         if read in {self.output.name, self.output.place, self.output.usage_place}:
             raise ValueError(f"the output {read} is the input itself")
         return self
@@ -332,6 +336,14 @@ def build_config(document: dict[str, Any]) -> JobConfig:
         return JobConfig.model_validate(document)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(item) for item in error.errors(include_url=False))) from None
+
+
+def normalise(path: str) -> str:
+    """A path as Hadoop reads it: without `.`, `..`, doubled slashes and a slash at its end."""
+    rest = ROOT.sub("", path, count=1)
+    if not rest:
+        return path
+    return path[: -len(rest)] + posixpath.normpath(rest).replace("//", "/")
 
 
 def _set(document: dict[str, Any], key: str, value: object) -> None:

@@ -63,16 +63,32 @@ def test_old_rows_stay_as_they_are(spark, job, write_parquet, nightly, tmp_path)
     assert nightly(monday={"a": "two"})[2] == ["a", "twice", "twice"]
 
 
-def test_a_bad_night_is_told_whatever_the_nights_before_were(spark, job, write_parquet, tmp_path):
-    """The rate is of the run's own rows, and its files are read again."""
+def test_a_bad_night_fails_until_it_is_mended(spark, job, write_parquet, tmp_path, counting):
+    """The rate is of all rows of the new files, of those done already too; the nights before do not count."""
     (tmp_path / "inbox").mkdir()
-    config = job(str(tmp_path / "inbox"), input={"incremental": True}, job={"max_error_rate": 0.5})
-    write_parquet([{"custom_id": str(n), "prompt": "x"} for n in range(9)], "inbox/good")
-    run_batch(spark, config)
-    write_parquet([{"custom_id": "bad", "prompt": " "}], "inbox/bad")
-    with pytest.raises(ErrorRateExceeded, match="1 of 1 rows failed"):
-        run_batch(spark, config)
-    assert run_batch(spark, config).skipped == 1
+    settings = {"input": {"incremental": True}, "job": {"max_error_rate": 0.5}, "model": {"uri": "models:/counting/1"}}
+
+    def run(**files):
+        for name, rows in files.items():
+            write_parquet([{"custom_id": key, "prompt": text} for key, text in rows.items()], f"inbox/{name}")
+        return run_batch(spark, job(str(tmp_path / "inbox"), **settings))
+
+    run(sunday={str(n): "x" for n in range(9)})
+    monday = {"fine": "x", "bad": " ", "worse": "  "}
+    for files in ({"monday": monday}, {}, {}):
+        with pytest.raises(ErrorRateExceeded, match="2 of 3 rows of the new files failed"):
+            run(**files)
+    with pytest.raises(ErrorRateExceeded, match="3 of 5 rows of the new files failed"):
+        run(tuesday={"fine too": "y", "late": "a -late- b"})
+    mended = counting.with_name("mended")
+    mended.touch()
+    try:
+        summary = run()
+    finally:
+        mended.unlink()
+    assert (summary.rows, summary.succeeded, summary.skipped, summary.table_failed) == (1, 1, 4, 2)
+    # The files are noted: they are not read again.
+    assert run().skipped == 0
 
 
 def test_rows_without_a_custom_id_have_no_increments(spark, job, write_parquet):

@@ -100,3 +100,27 @@ def test_a_readers_secrets_come_from_the_environment(monkeypatch):
     assert "hunter2" not in f"{config!r}{config.model_dump_json()}"
     with pytest.raises(ConfigError, match=r"^input\.options: the environment has no variable NO_SUCH$"):
         build_config(document(input={"options": {"a": "hunter2", "password": "${NO_SUCH}"}}))
+
+
+@pytest.mark.parametrize(
+    ("spellings", "usage"),
+    [
+        (["o8", "./o8/", "o8/.", "x/..//o8"], "o8_usage"),
+        (["s3a://bucket/a/o8", "s3a://bucket//a/b/../o8//"], "s3a://bucket/a/o8_usage"),
+        (["file:/a/o8", "file:/a/./o8/"], "file:/a/o8_usage"),
+        (["file:///a/o8", "file:///a//o8"], "file:///a/o8_usage"),
+        (["/o8", "/x/../o8"], "/o8_usage"),
+    ],
+)
+def test_what_is_beside_an_output_is_named_alike_for_its_spellings(spellings, usage):
+    """Dots and slashes that lead nowhere do not move the usage table."""
+    for path in spellings:
+        assert build_config(document(output={"path": path})).output.usage_place == usage
+        with pytest.raises(ConfigError, match="is the input itself"):
+            build_config(document(input={"path": f"{path}/"}, output={"path": path}))
+
+
+def test_a_quoted_tables_usage_is_quoted_too():
+    """The suffix belongs to the name within the quotes."""
+    output = {"path": None, "table": "main.`o-8`"}
+    assert build_config(document(output=output)).output.usage_place == "main.`o-8_usage`"

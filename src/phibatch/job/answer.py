@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, Observation, SparkSession
+from pyspark.sql import DataFrame, Observation, SparkSession, Window
 from pyspark.sql import functions as F
 
 from phibatch.config import JobConfig
-from phibatch.contract import ErrorCode
+from phibatch.contract import RETRYABLE, ErrorCode
 from phibatch.job.chunks import Chunk, Chunks, Sizes
 from phibatch.job.generate import Lineage, build_predict, generate, refuse
 from phibatch.job.output import ResponseTable
@@ -43,18 +43,31 @@ def recover(work: WorkFolder, table: ResponseTable, mode: str) -> None:
 
 
 def find_finished(work: WorkFolder, table: ResponseTable, mode: str) -> DataFrame | None:
-    """What a run that died had finished, and had not put into the table yet; None where there is nothing."""
+    """What runs that died had finished and the table lacks: one response a row; None where there is nothing.
+
+    The table lacks a response when it has none as good for that row, from any run. An answer is better than a
+    failure, and a failure that is final is better than one that a run tries again.
+    """
     names = work.list_whole(CHUNKS)
     if not names or mode == "overwrite":
         return None
-    finished = work.read(*names, schema=table.schema)
+    # A chunk has no two responses to one `custom_id` and request: only rejected rows are copies, and they are in none.
+    row = ["custom_id", "request_key"]
+    code = F.col("error.code")
+    badness = F.when(code.isNull(), 0).when(code.isin(*RETRYABLE), 2).otherwise(1)
+    best = Window.partitionBy(*row).orderBy("badness", F.desc("created"))
+    finished = (
+        work.read(*names, schema=table.schema)
+        .select(*row, "created", badness.alias("badness"), F.struct("*").alias("response"))
+        .withColumn("rank", F.row_number().over(best))
+        .where("rank = 1")
+    )
     there = table.read()
-    if there is None:
-        return finished
-    known = ["custom_id", "request_key", "run_id"]
-    # A copy that was rejected is another row.
-    own = there.where(~is_duplicate())
-    return finished.join(own.select(*known), known, "left_anti")
+    if there is not None:
+        # A copy that was rejected is another row.
+        known = there.where(~is_duplicate()).groupBy(*row).agg(F.min(badness).alias("known"))
+        finished = finished.join(known, row, "left").where("known IS NULL OR badness < known")
+    return finished.select("response.*")
 
 
 def stage(
@@ -76,15 +89,20 @@ def stage(
         OutputError: the table has answers with keys of another version, and the job does not say to replace them.
     """
     located = table.locate()
-    todo, numbered, there = rows, None, 0
-    if located is not None:
-        numbered = number_responses(located)
-        todo = match(rows, numbered, config.job.retry).where(~F.col("done")).drop("done", "code")
-        there, older = located.agg(F.count("*"), F.count(F.when(is_older(), 1))).collect()[0]
-        if older and not config.job.regenerate_older_keys:
-            check_older(count_older(todo, located, config.job.retry), allowed=False)
+    if located is None:
+        return StagedPlan(work, lay_out(group(rows)), prompts), []
+    numbered = number_responses(located)
+    matched = match(rows, numbered, config.job.retry)
+    todo = matched.where(~F.col("done")).drop("done", "code")
+    there, older = located.agg(F.count("*"), F.count(F.when(is_older(), 1))).collect()[0]
+    if older and not config.job.regenerate_older_keys:
+        check_older(count_older(todo, located, config.job.retry), allowed=False)
     plan = StagedPlan(work, lay_out(group(todo)), prompts)
-    if located is None or numbered is None or there == plan.counts.skipped:
+    if config.input.incremental and plan.counts.skipped:
+        # The new files are read once more, but only on a night that found rows of theirs done.
+        failed = matched.where(F.col("done") & F.col("code").isNotNull()).count()
+        plan.counts = replace(plan.counts, skipped_failed=failed)
+    if there == plan.counts.skipped:
         return plan, []
     return plan, table.set_aside(work, mark(numbered, rows, config.job.retry, config.output.orphans))
 

@@ -1,21 +1,76 @@
 """Folders and files on whatever file system Spark writes to: the one door to Hadoop's."""
 
+import hashlib
+import os
 from typing import Any
+from urllib.parse import quote
 
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from phibatch.config import OutputConfig
 from phibatch.errors import OutputError
 from phibatch.job.session import first_line
 
+BUILT_IN = "spark_catalog"
+"""Spark's own catalog: its tables belong to the metastore that the session is configured with."""
+
 
 def beside(spark: SparkSession, config: OutputConfig, suffix: str) -> str:
-    """The path of what lies beside an output: `<output><suffix>`; of a table, in the work path or the warehouse."""
+    """The path of a folder beside an output. All spellings of the output give the same path.
+
+    For a path it is `<output><suffix>`. For a table it is in `output.work_path`; without one it is in the database's
+    location, or in the warehouse where the catalog names no location.
+
+    Raises:
+        OutputError: there is no file system for the path, or no database for the table.
+    """
     if config.table is None:
-        return f"{config.name}{suffix}"
-    parent = config.work_path or str(spark.conf.get("spark.sql.warehouse.dir"))
-    return f"{parent.rstrip('/')}/{config.name}{suffix}"
+        return f"{Folder(spark, config.name).qualified}{suffix}"
+    parent = config.work_path or _qualify_table(spark, config.table)[0] or spark.conf.get("spark.sql.warehouse.dir")
+    return within(spark, config, str(parent), suffix)
+
+
+def within(spark: SparkSession, config: OutputConfig, parent: str, suffix: str) -> str:
+    """The path of an output's folder in a parent that outputs share. All spellings of the output give the same path.
+
+    Its name holds a hash of the output's full name, so outputs with equal last names have different folders.
+    Raises as `beside`.
+    """
+    if config.table is None:
+        full = Folder(spark, config.place).qualified
+        name = full.rpartition("/")[2]
+    else:
+        parts = _qualify_table(spark, config.table)
+        full, name = "\n".join(parts), quote(parts[-1], safe="")
+    return f"{parent.rstrip('/')}/{name}-{hashlib.sha256(full.encode()).hexdigest()[:16]}{suffix}"
+
+
+def _qualify_table(spark: SparkSession, table: str) -> list[str]:
+    """What tells a table from all others: its database's location, its catalog, database and name.
+
+    Names are in lower case unless `spark.sql.caseSensitive` is set. The location tells apart the built-in catalogs of
+    two metastores; it is empty for other catalogs. Raises OutputError where the name or its database is wrong.
+    """
+    state: Any = spark._jsparkSession.sessionState()  # noqa: SLF001 - `spark.catalog` resolves only tables that exist
+    catalogs = state.catalogManager()
+    try:
+        parsed = state.sqlParser().parseMultipartIdentifier(table)
+        parts = [str(parsed.apply(at)) for at in range(parsed.size())]
+        if len(parts) == 1:
+            parts = [spark.catalog.currentCatalog(), *catalogs.currentNamespace(), *parts]
+        elif not catalogs.isCatalogRegistered(parts[0]):
+            parts = [spark.catalog.currentCatalog(), *parts]
+        if str(spark.conf.get("spark.sql.caseSensitive")).lower() != "true":
+            parts = [part.lower() for part in parts]
+        location = ""
+        if parts[0].lower() == BUILT_IN:
+            database = parts[1].replace("`", "``")
+            location = spark.catalog.getDatabase(f"{BUILT_IN}.`{database}`").locationUri
+        return [location, *parts]
+    except (PySparkException, Py4JJavaError) as error:
+        raise OutputError(f"the output {table} can not be reached: {first_line(error)}") from error
 
 
 class Folder:
@@ -38,6 +93,14 @@ class Folder:
             self._files: Any = self._path().getFileSystem(self._configuration)
         except Py4JJavaError as error:
             raise OutputError(f"the output {place} can not be reached: {first_line(error)}") from error
+
+    @property
+    def qualified(self) -> str:
+        """The absolute path with its file system, without `..` and, on this machine, without symbolic links."""
+        path = self._files.makeQualified(self._path())
+        if path.toUri().getScheme() == "file":
+            return f"file:{os.path.realpath(path.toUri().getPath())}"
+        return str(path.toString())
 
     def exists(self, name: str = "") -> bool:
         return bool(self._files.exists(self._path(name)))

@@ -71,18 +71,20 @@ def run_batch(spark: SparkSession, config: JobConfig, reporter: Reporter | None 
             log_summary(summary)
             if config.output.format == OPENAI_BATCH:
                 write_lines(spark, work, written, config.output.name)
-            error_rate = summary.run_error_rate if job.increment else summary.error_rate
-            if job.increment and error_rate <= config.job.max_error_rate:
+            failed, rows, of = summary.table_failed, summary.table_rows, ""
+            if job.increment:
+                failed, rows, of = summary.failed + plan.counts.skipped_failed, plan.counts.rows, " of the new files"
+            too_many = rows > 0 and failed / rows > config.job.max_error_rate
+            if job.increment and not too_many:
                 job.increment.note()
         close_runs(earlier_runs)
     reporter.say_summary(summary, config.output)
     if config.report.enabled:
         reporter.say_report(_publish(spark, config, run_id))
-    if error_rate > config.job.max_error_rate:
-        failed, rows = (summary.failed, summary.rows) if job.increment else (summary.table_failed, summary.table_rows)
+    if too_many:
         raise ErrorRateExceeded(
-            f"{failed:,} of {rows:,} rows failed, more than job.max_error_rate = {config.job.max_error_rate:g} allows;"
-            f" all rows are written to {config.output.name}"
+            f"{failed:,} of {rows:,} rows{of} failed, more than job.max_error_rate = {config.job.max_error_rate:g}"
+            f" allows; all rows are written to {config.output.name}"
         )
     return summary
 

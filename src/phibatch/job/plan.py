@@ -150,11 +150,9 @@ def mark(numbered: DataFrame, rows: DataFrame, retry: str, orphans: str) -> Data
     if orphans == "keep":
         there = rows.select("custom_id", F.lit(True).alias("_there")).distinct()
         marked = marked.join(there, "custom_id", "left")
-        # A death may have left an orphan twice, word for word.
-        alike = Window.partitionBy(*ROW[:2], "run_id", "code", "message").orderBy("created")
-        # Rows that were rejected may be copies in truth.
-        rejected = F.coalesce(F.col("code") == ErrorCode.INVALID_REQUEST, F.lit(False))
-        first = (F.row_number().over(alike) == 1) | rejected
+        # A death may have left an orphan twice, or an answer beside the failure that it replaces. Only rejected rows
+        # may be copies in truth.
+        first = (F.col("copy") == 1) | F.coalesce(F.col("code") == ErrorCode.INVALID_REQUEST, F.lit(False))
         marked = marked.withColumn("keep", F.col("keep") | (F.col("_there").isNull() & first)).drop("_there")
     return marked
 

@@ -73,7 +73,7 @@ def publish_report(
     comparison = read_comparison(spark, other, output) if other else None
     plots = draw_plots(report)
     page = render_report(report, plots, comparison)
-    folder = Folder(spark, beside(spark, output, "_report"))
+    folder = Folder(spark, _place(spark, output))
     try:
         for name, figure in plots.items():
             folder.write(f"{name}.png", as_png(figure))
@@ -97,12 +97,17 @@ def read_comparison(spark: SparkSession, first: OutputConfig, second: OutputConf
 
 def publish_comparison(spark: SparkSession, comparison: Comparison, second: OutputConfig) -> str:
     """Write a comparison beside its second output, as `comparison.html` in `<output>_report`; gives the page's path."""
-    folder = Folder(spark, beside(spark, second, "_report"))
+    folder = Folder(spark, _place(spark, second))
     try:
         folder.write(COMPARISON, render_comparison(comparison).encode())
     except Py4JJavaError as error:
         raise RunError(f"the comparison can not be written: {folder.place}: {first_line(error)}") from error
     return f"{folder.place}/{COMPARISON}"
+
+
+def _place(spark: SparkSession, output: OutputConfig) -> str:
+    """Where an output's report goes: of a path, as the user spells it."""
+    return beside(spark, output, "_report") if output.table else f"{output.name}_report"
 
 
 def _read_report(spark: SparkSession, output: OutputConfig, run_id: str | None, hourly_cost: float | None) -> Report:

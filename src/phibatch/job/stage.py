@@ -21,12 +21,16 @@ PARTITION_BITS = 33
 
 @dataclass(frozen=True, slots=True)
 class PlanCounts:
-    """Rows of the input, those done already, those rejected; and the distinct requests to generate for the rest."""
+    """Rows of the input, those done already, those rejected; and the distinct requests to generate for the rest.
+
+    `skipped_failed` are rows done already that failed for good; they are counted for an increment only.
+    """
 
     rows: int
     skipped: int
     rejected: int
     to_generate: int
+    skipped_failed: int = 0
 
     @property
     def duplicates(self) -> int:

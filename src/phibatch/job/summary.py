@@ -68,11 +68,6 @@ class BatchSummary:
         return self.table_failed / self.table_rows if self.table_rows else 0.0
 
     @property
-    def run_error_rate(self) -> float:
-        """Of the rows that this run wrote alone: where the table holds many that it did not look at."""
-        return self.failed / self.rows if self.rows else 0.0
-
-    @property
     def tokens_per_second(self) -> float:
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 

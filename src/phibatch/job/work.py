@@ -1,6 +1,5 @@
 """The work folder beside an output: the plan, finished chunks, and who is at work."""
 
-import hashlib
 import json
 import os
 import socket
@@ -19,7 +18,7 @@ from pyspark.sql.types import StructType
 
 from phibatch.config import OutputConfig
 from phibatch.errors import OutputError, RunError
-from phibatch.job.files import Folder, beside
+from phibatch.job.files import Folder, beside, within
 from phibatch.job.session import first_line
 
 CHUNKS = "chunks"
@@ -89,7 +88,7 @@ def identify_machine() -> str:
 
 
 class WorkFolder:
-    """The folder `<output>_work`, on whatever file system Spark writes to.
+    """The folder `<output>_work`, on whatever file system Spark writes to; one, however the output is spelled.
 
     A finished chunk is a folder of Parquet with a mark of its own beside its data: a file is there or not. Nothing is
     ever renamed. Of two runs that start in the same second on a store which can not create a file exclusively, both
@@ -99,8 +98,7 @@ class WorkFolder:
     def __init__(self, spark: SparkSession, config: OutputConfig) -> None:
         if config.work_path:
             # A folder of its own: it is removed at the end, with all that is in it.
-            name = f"{config.place.rpartition('/')[2]}-{hashlib.sha256(config.place.encode()).hexdigest()[:8]}"
-            self.place = f"{config.work_path.rstrip('/')}/{name}_work"
+            self.place = within(spark, config, config.work_path, "_work")
         else:
             self.place = beside(spark, config, "_work")
         self._spark = spark
