@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -157,7 +158,7 @@ def log_onnx(
         # An example would load the model and generate with it, to infer a signature that is given.
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         info = mlflow.pyfunc.log_model(
-            name=name,
+            name=_logged_name(name),
             python_model=str(ENTRY),
             artifacts={ARTIFACT: str(folder)},
             signature=signature(defaults or GenerationParams()),
@@ -198,7 +199,7 @@ def log_transformers(
         digest = digest_folder(folder)
         info = Model.log(
             artifact_path=None,
-            name=name,
+            name=_logged_name(name),
             flavor=flavor,
             registered_model_name=name,
             metadata={"phibatch_digest": digest},
@@ -220,6 +221,11 @@ def check_names(name: str, alias: str | None) -> None:
             _validate_model_alias_name_reserved(alias)
     except MlflowException as error:
         raise ModelError(str(error).splitlines()[0]) from error
+
+
+def _logged_name(name: str) -> str:
+    """What a run calls the model; MLflow refuses dots there, and Unity Catalog's names are `catalog.schema.model`."""
+    return re.sub("[.%\"']", "_", name)
 
 
 def _requirements(model_format: ModelFormat) -> list[str]:
