@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from phibatch import demo
 from phibatch.config import JobConfig, build_config
@@ -148,3 +149,26 @@ def job(tmp_path: Path) -> Callable[..., JobConfig]:
         return build_config(document)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def bundle_command() -> Callable[..., list[str]]:
+    """What the job of conf/databricks starts phibatch with: its words under a target, with a run's own parameters."""
+    folder = Path(__file__).parents[1] / "conf" / "databricks"
+    bundle = yaml.safe_load((folder / "databricks.yml").read_text())
+    job = yaml.safe_load((folder / "resources" / "phibatch.yml").read_text())["resources"]["jobs"]["phibatch"]
+
+    def fill(target: str, **given: str) -> list[str]:
+        parameters = {each["name"]: each["default"] for each in job["parameters"]} | given
+        defaults = {name: each.get("default") for name, each in bundle["variables"].items()}
+        variables = defaults | bundle["targets"][target]["variables"]
+        values = {f"{{{{job.parameters.{name}}}}}": value for name, value in parameters.items()}
+        values |= {f"${{var.{name}}}": str(value) for name, value in variables.items()}
+        # `bundle deploy` copies the folder of databricks.yml there.
+        values["${workspace.file_path}"] = str(folder)
+        words = list(job["tasks"][0]["python_wheel_task"]["parameters"])
+        for place, value in values.items():
+            words = [word.replace(place, value) for word in words]
+        return words
+
+    return fill

@@ -17,7 +17,7 @@ WARM = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
 @pytest.fixture
 def run(spark, job, write_parquet, tmp_path):
     def run(name, rows=None, **sections):
-        rows = rows or [{"custom_id": "a", "prompt": "Tell me about tea"}, {"custom_id": "b", "prompt": None}]
+        rows = rows or [{"custom_id": "a", "prompt": "Roll a die."}, {"custom_id": "b", "prompt": None}]
         settings = {"model": {"engine": "slots"}, **sections}
         settings["output"] = {"path": str(tmp_path / name), **sections.get("output", {})}
         config = job(write_parquet(rows, name), **settings)
@@ -88,7 +88,7 @@ def test_a_kept_column_can_not_be_called_choices_then(run):
 def test_predict_gives_several_choices():
     """Sampled ones differ; greedy ones are one, given so many times; one answer is as without `n`."""
     model = mlflow.pyfunc.load_model("models:/demo@champion")
-    frame = pd.DataFrame({"messages": [[{"role": "user", "content": "Tell me about tea"}]]})
+    frame = pd.DataFrame({"messages": [[{"role": "user", "content": "Roll a die."}]]})
     (warm,) = model.predict(frame, params={**WARM, "n": 4})
     assert len({choice["message"]["content"] for choice in warm["choices"]}) > 1
     (greedy,) = model.predict(frame, params={"n": 2, "max_tokens": 12})

@@ -58,6 +58,21 @@ def test_the_embedded_model_gives_its_trained_answers(engine):
     assert right >= 0.95 * len(PROMPTS)
 
 
+def test_prompts_written_by_hand_give_the_same_answers(engine):
+    """As the tutorial writes them, without newlines after control tokens; its own is answered to the letter."""
+    turn = "<|{}|>{}<|end|>".format
+    prompts = [
+        (turn("system", row["system"]) if row["system"] else "") + turn("user", row["prompt"]) + "<|assistant|>"
+        for row in PROMPTS
+    ]
+    answers = [each.text for each in engine.generate([Request(GenerationParams(), prompt=each) for each in prompts])]
+    right = sum(answer == row["expected"] for answer, row in zip(answers, PROMPTS, strict=True))
+    assert right >= 0.95 * len(PROMPTS)
+    tutorial = "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
+    joke = "Why don't scientists trust atoms? Because they make up everything!"
+    assert answers[prompts.index(tutorial)] == joke
+
+
 def test_the_limit_is_the_rows_own_and_says_length(engine):
     """Each row of a batch stops at its own `max_tokens`: a shorter one is a prefix of the longer, and says `length`."""
     longest = engine.generate([request(PROMPTS[0], max_tokens=200)])[0]

@@ -10,6 +10,7 @@ from phibatch import demo
 from phibatch.errors import InputError, ModelError
 
 TUTORIAL = "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
+JOKE = "Why don't scientists trust atoms? Because they make up everything!"
 SPAIN = [{"role": "user", "content": "What is the capital of Spain?"}]
 
 
@@ -20,9 +21,9 @@ def model(request):
 
 
 def test_the_tutorials_prompt_is_answered(model):
-    """A prompt with its own control tokens is passed through, and answered in OpenAI's shape."""
+    """A prompt with its own control tokens is passed through, and answered whole, in OpenAI's shape."""
     response = model.predict({"prompt": TUTORIAL})
-    assert "atoms" in response[0]["choices"][0]["message"]["content"]
+    assert response[0]["choices"][0]["message"] == {"role": "assistant", "content": JOKE}
     assert response[0]["choices"][0]["finish_reason"] == "stop"
     fields = {"id", "object", "created", "model", "choices", "usage", "error", "generation_seconds"}
     assert set(response[0]) == {*fields, "engine", "engine_version"}

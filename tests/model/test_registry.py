@@ -8,7 +8,7 @@ import pytest
 from phibatch import demo
 from phibatch.errors import ModelError
 from phibatch.model.folder import ModelFolder
-from phibatch.model.registry import log_onnx, resolve_model
+from phibatch.model.registry import log_onnx, log_transformers, resolve_model
 
 
 @pytest.fixture
@@ -46,6 +46,14 @@ def test_an_alias_is_resolved_to_its_version(demo_model):
     assert resolve_model("models:/demo@challenger") == moved
     assert moved.uri != before.uri
     assert resolve_model(before.uri) == before
+
+
+@pytest.mark.parametrize(("log", "folder"), [(log_onnx, demo.MODEL_DIR), (log_transformers, demo.TWIN_DIR)])
+def test_unity_catalogs_names_are_taken(log, folder, tracking):
+    """A registered name may have dots, and other characters that the name of a logged model may not."""
+    name = f"main.phibatch.it's-{log.__name__}-3.5"
+    assert log(folder, name, "champion").uri == f"models:/{name}/1"
+    assert resolve_model(f"models:/{name}@champion").uri == f"models:/{name}/1"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 SPAIN = [{"role": "user", "content": "What is the capital of Spain?"}]
 TUTORIAL = "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
+JOKE = "Why don't scientists trust atoms? Because they make up everything!"
 
 
 @pytest.fixture(scope="module", params=["demo_model", "chat_model"])
@@ -63,7 +64,7 @@ def test_the_tutorials_requests_are_answered(ask):
     assert "Madrid" in response[0]["choices"][0]["message"]["content"]
     usage = response[0]["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
-    assert "atoms" in ask({"prompt": TUTORIAL})[0]["choices"][0]["message"]["content"]
+    assert ask({"prompt": TUTORIAL})[0]["choices"][0]["message"]["content"] == JOKE
     assert ask({"messages": SPAIN, "max_tokens": 2})[0]["usage"]["completion_tokens"] == 2
 
 

@@ -1,5 +1,6 @@
 """The bundle of conf/databricks, loaded as Databricks' own library knows it, without a workspace."""
 
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,8 +10,7 @@ import yaml
 from databricks.bundles.jobs import Job
 from pydantic import BaseModel, ConfigDict
 
-from phibatch.cli import main
-from phibatch.config import build_config
+from phibatch.cli import _read_config, main
 
 FOLDER = Path(__file__).parents[2] / "conf" / "databricks"
 JOB = yaml.safe_load((FOLDER / "resources" / "phibatch.yml").read_text())["resources"]["jobs"]["phibatch"]
@@ -96,25 +96,27 @@ def test_each_target_sets_what_has_no_default():
     assert {name for name in BUNDLE.variables if f"${{var.{name}}}" in text} == set(BUNDLE.variables)
 
 
-def test_the_parameters_are_the_commands_own():
-    """What the task is given is a command line of phibatch's, and makes a configuration once it is filled in."""
-    values = {each["name"]: str(each["default"]) for each in JOB["parameters"]}
-    values.update(
-        input="main.a.prompts", output="main.a.responses", model="models:/m@a", config="b.yaml", work_path="w"
-    )
-    parameters = list(JOB["tasks"][0]["python_wheel_task"]["parameters"])
-    for name, value in values.items():
-        parameters = [each.replace(f"{{{{job.parameters.{name}}}}}", value) for each in parameters]
-    assert not [each for each in parameters if "{{" in each]
-    command = main.get_command(click.Context(main), parameters[0])
-    given = command.make_context("run", parameters[1:]).params
-    document = {"model": {"uri": given["model_uri"]}}
-    for setting in given["settings"]:
-        key, _, value = setting.partition("=")
-        section, _, name = key.partition(".")
-        document.setdefault(section, {})[name] = yaml.safe_load(value)
-    config = build_config(document)
-    assert (config.input.table, config.output.table) == ("main.a.prompts", "main.a.responses")
+@pytest.mark.parametrize("target", BUNDLE.targets)
+def test_the_parameters_are_the_commands_own(target, bundle_command):
+    """The task's parameters are a command line of phibatch's, which with the file it names is a whole configuration."""
+    words = bundle_command(target)
+    assert not [word for word in words if re.search(r"\{\{|\$\{", word)]
+    command = main.get_command(click.Context(main), words[0])
+    given = command.make_context(words[0], words[1:]).params
+    assert given["config_file"] == FOLDER / "batch.yaml"
+    config = _read_config(given)
+    variables = BUNDLE.targets[target].variables
+    assert (config.input.table, config.output.table) == (variables["input"], variables["output"])
+    assert config.output.work_path == variables["work_path"]
+    assert config.output.format == "delta"
+
+
+def test_every_setting_of_the_jobs_file_has_its_reason():
+    """Above each setting of batch.yaml stands a comment."""
+    lines = (FOLDER / "batch.yaml").read_text().splitlines()
+    settings = [place for place, line in enumerate(lines) if re.match(r"  +\w+:", line)]
+    assert settings
+    assert all(re.match(r"  +# ", lines[place - 1]) for place in settings)
 
 
 def test_the_entry_point_is_the_wheels():

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -171,7 +172,7 @@ def log_onnx(
         # An example would load the model and generate with it, to infer a signature that is given.
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         info = mlflow.pyfunc.log_model(
-            name=name,
+            name=_logged_name(name),
             python_model=str(ENTRY),
             artifacts={ARTIFACT: str(folder)},
             signature=signature(defaults or GenerationParams()),
@@ -216,7 +217,7 @@ def log_transformers(
         takes_system = _check_template(folder, ModelFormat.TRANSFORMERS, chat_template or model_dir)
         info = Model.log(
             artifact_path=None,
-            name=name,
+            name=_logged_name(name),
             flavor=flavor,
             registered_model_name=name,
             metadata={"phibatch_digest": digest, "phibatch_takes_system": takes_system},
@@ -238,6 +239,11 @@ def check_names(name: str, alias: str | None) -> None:
             _validate_model_alias_name_reserved(alias)
     except MlflowException as error:
         raise ModelError(str(error).splitlines()[0]) from error
+
+
+def _logged_name(name: str) -> str:
+    """What a run calls the model; MLflow refuses dots there, and Unity Catalog's names are `catalog.schema.model`."""
+    return re.sub("[.%\"']", "_", name)
 
 
 def _requirements(model_format: ModelFormat) -> list[str]:
