@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 from phibatch.config import JobConfig
 from phibatch.contract import ErrorCode
 from phibatch.job.chunks import Chunk, Chunks, Sizes
+from phibatch.job.columns import named
 from phibatch.job.generate import Lineage, build_predict, generate, refuse
 from phibatch.job.output import ResponseTable
 from phibatch.job.plan import group, is_duplicate, lay_out, mark, match, number_responses
@@ -154,7 +155,7 @@ class Answers:
         told = f"phibatch: generations {chunk.first:,} to {chunk.first + chunk.size - 1:,}"
         self._spark.sparkContext.setJobGroup(self._jobs, told)
         try:
-            self._work.write(responses.select(*self._table.schema.names), self._name(chunk))
+            self._work.write(responses.select(*map(named, self._table.schema.names)), self._name(chunk))
         except (PySparkException, Py4JJavaError) as error:
             raise explain_failure(error) from error
 
