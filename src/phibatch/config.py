@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from phibatch.contract import NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams, build_params
+from phibatch.contract import EXTRA_COLUMNS, NUMBERS, RESPONSE_COLUMNS, EngineName, GenerationParams, build_params
 from phibatch.errors import ConfigError
 
 ROOT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?(//[^/]*)?")
@@ -195,15 +195,21 @@ class OutputConfig(_Section):
     """Where a folder is made for what a run needs to resume; null: `<output>_work`. For a table, also where its
     report goes."""
     keep_columns: tuple[str, ...] = ()
-    """Input columns to carry through."""
+    """Input columns to carry through, of any name that is not the response table's own."""
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
         if (self.path is None) == (self.table is None):
             raise ValueError("exactly one of path and table must be set")
-        taken = [name for name in self.keep_columns if name.lower() in RESPONSE_COLUMNS]
-        if taken:
-            raise ValueError(f"keep_columns names {taken[0]!r}, which is a column of the response table itself")
+        lowered = [name.lower() for name in self.keep_columns]
+        for place, name in enumerate(lowered):
+            told = f"keep_columns names {self.keep_columns[place]!r}"
+            if name in RESPONSE_COLUMNS or name in EXTRA_COLUMNS:
+                raise ValueError(f"{told}, which is a column of the response table itself")
+            if name in lowered[:place]:
+                raise ValueError(f"{told} twice: names that differ in case alone are one")
+            if "`" in name and self.table_format.lower() == "orc":
+                raise ValueError(f"{told}, and format orc would cut the name at its backtick")
         if self.format == OPENAI_BATCH and self.table:
             raise ValueError(f"format {OPENAI_BATCH} is a file: set path, not table")
         return self

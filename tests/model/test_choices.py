@@ -4,8 +4,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from phibatch.contract import EXTRA_COLUMNS, RESPONSE_COLUMNS
-from phibatch.errors import InputError
+from phibatch.contract import RESPONSE_COLUMNS
 from phibatch.job.output import read_responses
 from phibatch.job.pipeline import run_batch
 
@@ -73,16 +72,6 @@ def test_rows_may_have_numbers_of_their_own(run):
     _, table, _ = run("named", rows, input={"columns": {"n": "n"}}, generation=WARM)
     assert [len(table[key]["choices"]) for key in ("1", "2", "500")] == [1, 2, 0]
     assert table["500"]["error"]["message"].startswith("n is 500; it must be a whole number")
-
-
-def test_a_kept_column_can_not_be_called_choices_then(run):
-    """Without several answers it can."""
-    rows = [{"custom_id": "a", "prompt": "x", "choices": "A, B"}]
-    _, table, _ = run("kept", rows, output={"keep_columns": ["choices"]})
-    assert table["a"]["choices"] == "A, B"
-    with pytest.raises(InputError, match=r"keep_columns names choices"):
-        run("clash", rows, output={"keep_columns": ["choices"]}, generation={"n": 2})
-    assert "choices" in EXTRA_COLUMNS
 
 
 def test_predict_gives_several_choices():

@@ -171,25 +171,28 @@ def test_an_existing_output_is_not_touched(spark, job, write_parquet, tmp_path):
 
 
 def test_tables_by_name_work_as_paths_do(spark, job, write_parquet):
-    """Input and output may be tables of the catalog."""
-    spark.read.parquet(write_parquet([{"custom_id": "1", "prompt": "hello"}])).write.saveAsTable("prompts")
-    config = job(None, input={"table": "prompts"}, output={"path": None, "table": "answers"})
-    run_batch(spark, config)
+    """Input and output may be tables of the catalog, of any name."""
+    rows = [{"custom_id": "1", "prompt": "hello", "code": "mine"}]
+    spark.read.parquet(write_parquet(rows)).write.saveAsTable("prompts")
+    config = job(None, input={"table": "prompts"}, output={"path": None, "table": "error", "keep_columns": ["code"]})
+    assert run_batch(spark, config).succeeded == 1
     try:
-        assert spark.read.table("answers").first()["response"] == "hello"
-        assert spark.read.table("answers_usage").count() == 1
+        assert spark.read.table("`error`").select("response", "code").collect() == [("hello", "mine")]
+        assert spark.read.table("error_usage").count() == 1
         # As phibatch 0.1.0 has left it.
-        usage = spark.read.table("answers_usage").drop(*ENGINE_COLUMNS)
+        usage = spark.read.table("error_usage").drop(*ENGINE_COLUMNS)
         usage = spark.createDataFrame(usage.collect(), usage.schema)
-        spark.sql("DROP TABLE answers_usage")
-        usage.write.saveAsTable("answers_usage")
+        spark.sql("DROP TABLE error_usage")
+        usage.write.saveAsTable("error_usage")
         assert [row["engine"] for row in read_usage(spark, config.output).collect()] == [None]
-        config = job(None, input={"table": "prompts"}, output={"path": None, "table": "answers"}, job={"retry": "all"})
+        assert run_batch(spark, config).skipped == 1
+        retried = {"retry": "all"}
+        config = config.model_copy(update={"job": config.job.model_copy(update=retried)})
         assert run_batch(spark, config).rows == 1
-        assert spark.read.table("answers").count() == 1
-        assert [row["engine"] for row in read_usage(spark, config.output).collect()] == [None, "echo"]
+        assert spark.read.table("`error`").count() == 1
+        assert [row["engine"] for row in read_usage(spark, config.output).collect()] == [None, None, "echo"]
     finally:
-        for name in ("prompts", "answers", "answers_usage"):
+        for name in ("prompts", "error", "error_usage"):
             spark.sql(f"DROP TABLE IF EXISTS {name}")
 
 

@@ -31,6 +31,18 @@ def document(**sections):
             {"output": {"keep_columns": ["model"]}},
             "output: keep_columns names 'model', which is a column of the response table itself",
         ),
+        (
+            {"output": {"keep_columns": ["Choices"]}},
+            "output: keep_columns names 'Choices', which is a column of the response table itself",
+        ),
+        (
+            {"output": {"keep_columns": ["code", "a", "Code"]}},
+            "output: keep_columns names 'Code' twice: names that differ in case alone are one",
+        ),
+        (
+            {"output": {"keep_columns": ["a`b"], "format": "orc"}},
+            "output: keep_columns names 'a`b', and format orc would cut the name at its backtick",
+        ),
         ({"output": {"path": "in/"}}, "the output in is the input itself"),
         (
             {"input": {"template": "{a:.2f}"}},

@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 from phibatch.config import JobConfig
 from phibatch.contract import RETRYABLE, ErrorCode
 from phibatch.job.chunks import Chunk, Chunks, Sizes
+from phibatch.job.columns import named
 from phibatch.job.generate import Lineage, build_predict, generate, refuse
 from phibatch.job.output import ResponseTable
 from phibatch.job.plan import (
@@ -94,9 +95,9 @@ def stage(
     numbered = number_responses(located)
     matched = match(rows, numbered, config.job.retry)
     todo = matched.where(~F.col("done")).drop("done", "code")
-    there, older = located.agg(F.count("*"), F.count(F.when(is_older(), 1))).collect()[0]
+    there, older = located.agg(F.count("*"), F.count(F.when(is_older("response.request_key"), 1))).collect()[0]
     if older and not config.job.regenerate_older_keys:
-        check_older(count_older(todo, located, config.job.retry), allowed=False)
+        check_older(count_older(todo, numbered, config.job.retry), allowed=False)
     plan = StagedPlan(work, lay_out(group(todo)), prompts)
     if config.input.incremental and plan.counts.skipped:
         # The new files are read once more, but only on a night that found rows of theirs done.
@@ -198,7 +199,7 @@ class Answers:
         told = f"phibatch: generations {chunk.first:,} to {chunk.first + chunk.size - 1:,}"
         self._spark.sparkContext.setJobGroup(self._jobs, told)
         try:
-            self._work.write(responses.select(*self._table.schema.names), self._name(chunk))
+            self._work.write(responses.select(*map(named, self._table.schema.names)), self._name(chunk))
         except (PySparkException, Py4JJavaError) as error:
             raise explain_failure(error) from error
 

@@ -10,7 +10,8 @@ from pyspark.sql.types import StructField, StructType
 
 from phibatch.config import JobSettings, ModelConfig
 from phibatch.contract import COMPLETION_COLUMNS, ENGINE_COLUMNS, EXTRA_COLUMNS, RESPONSE_COLUMNS, ErrorCode
-from phibatch.errors import InputError, ModelError
+from phibatch.errors import ModelError
+from phibatch.job.columns import pick
 from phibatch.job.output import build_schema
 from phibatch.model.registry import ResolvedModel
 
@@ -68,15 +69,8 @@ def build_predict(
 
 
 def response_schema(prompts: DataFrame, keep_columns: Sequence[str], extras: Sequence[str] = ()) -> StructType:
-    """The response table's columns: the contract's, with `extras` of its `EXTRA_COLUMNS`, then the input's kept ones.
-
-    Raises:
-        InputError: a kept column has the name of an extra one.
-    """
-    taken = [name for name in keep_columns if name.lower() in extras]
-    if taken:
-        raise InputError(f"output.keep_columns names {taken[0]}, which is a column of this response table itself")
-    kept = prompts.select(*(F.col(f"`{name}`").alias(name) for name in keep_columns)).schema
+    """The response table's columns: the contract's, `extras` of its `EXTRA_COLUMNS`, then the input's kept ones."""
+    kept = prompts.select(*pick(prompts, keep_columns)).schema
     columns = {**RESPONSE_COLUMNS, **{name: EXTRA_COLUMNS[name] for name in extras}}
     return StructType([*build_schema(columns), *(StructField(field.name, field.dataType) for field in kept)])
 
@@ -92,8 +86,7 @@ def generate(plan: DataFrame, predict: Predict, lineage: Lineage, told: Observat
             partition is one process, and so has one engine.
 
     Returns:
-        One row per input row: `contract.RESPONSE_COLUMNS`, those of `EXTRA_COLUMNS` that no kept column is named like,
-        and the kept columns.
+        One row per input row: `contract.RESPONSE_COLUMNS`, `EXTRA_COLUMNS` and the kept columns.
     """
     completions = plan.select("rows", predict(F.col("request")).alias("completion"))
     if told:
@@ -149,9 +142,10 @@ def _respond(rows: DataFrame, values: dict[str, Column], lineage: Lineage) -> Da
     }
     kept = rows.select("row.kept").schema[0].dataType
     names = kept.names if isinstance(kept, StructType) else []
-    lowered = {name.lower() for name in names}
-    columns = {**RESPONSE_COLUMNS, **{name: kind for name, kind in EXTRA_COLUMNS.items() if name not in lowered}}
     return rows.select(
-        *(given[name].cast(kind).alias(name) for name, kind in columns.items()),
+        *(
+            given[field.name].cast(field.dataType).alias(field.name)
+            for field in build_schema({**RESPONSE_COLUMNS, **EXTRA_COLUMNS})
+        ),
         *(F.col("row.kept")[name].alias(name) for name in names),
     )

@@ -3,7 +3,6 @@
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from phibatch.config import OutputConfig
 from phibatch.errors import InputError, RunError
@@ -13,7 +12,7 @@ from phibatch.job.session import first_line
 FILE = {"path": "file_path", "modified": "file_modification_time", "size": "file_size"}
 """What a file is known by, and Spark's words for it. One that is written anew is another."""
 
-SCHEMA = "path string, modified timestamp, size bigint"
+SCHEMA = "path string, modified timestamp_ltz, size bigint"
 
 
 class Increment:
@@ -32,7 +31,7 @@ class Increment:
         self._spark = spark
         self._place = beside(spark, output, "_inputs")
         try:
-            files = table.select(*(F.col(f"_metadata.{word}").alias(name) for name, word in FILE.items()))
+            files = table.select(*(table.metadataColumn("_metadata")[word].alias(name) for name, word in FILE.items()))
             there = files.distinct().collect()
             known = set(self._read().collect())
         except (PySparkException, Py4JJavaError) as error:
@@ -42,7 +41,7 @@ class Increment:
 
     def select(self, table: DataFrame) -> DataFrame:
         """The rows of the new files."""
-        return table.where(F.col("_metadata.file_path").isin([file["path"] for file in self._new]))
+        return table.where(table.metadataColumn("_metadata")["file_path"].isin([file["path"] for file in self._new]))
 
     def note(self) -> None:
         """Take the new files for read: every row of theirs has its response. Raises RunError."""

@@ -4,11 +4,12 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import DataType, StructField, StructType
+from pyspark.sql.types import DataType, StructField, StructType, TimestampType
 
 from phibatch.config import OPENAI_BATCH, OutputConfig
 from phibatch.contract import EXTRA_COLUMNS, RESPONSE_COLUMNS, USAGE_COLUMNS
 from phibatch.errors import OutputError
+from phibatch.job.columns import named
 from phibatch.job.files import Folder
 from phibatch.job.session import explain_failure, first_line
 from phibatch.job.work import WorkFolder
@@ -85,7 +86,8 @@ class ResponseTable:
         Raises:
             EngineError, WorkerCrash, RunError: as `explain_failure`.
         """
-        writer = responses.select(*self.schema.names).write.format(self._config.table_format).mode(self._mode)
+        rows = responses.select(*map(named, self.schema.names))
+        writer = rows.write.format(self._config.table_format).mode(self._mode)
         try:
             writer.saveAsTable(self._config.place) if self._config.table else writer.save(self._config.place)
         except (PySparkException, Py4JJavaError) as error:
@@ -93,11 +95,13 @@ class ResponseTable:
         self._mode, self.exists = "append", True
 
     def locate(self) -> DataFrame | None:
-        """The rows that are there, with `_file`, the URI of each one's file."""
+        """The rows that are there, each whole in a struct `response`, with `file`, the URI of its file."""
         found = self.read()
         if found is None:
             return None
-        return found.withColumn("_file", F.col("_metadata.file_path") if self._in_files else F.lit(None).cast("string"))
+        # The table may have columns of its own that are called `_metadata` or `file`.
+        file = found.metadataColumn("_metadata")["file_path"] if self._in_files else F.lit(None).cast("string")
+        return found.select(F.struct(*map(named, self.schema.names)).alias("response"), file.alias("file"))
 
     def set_aside(self, work: WorkFolder, marked: DataFrame) -> list[str]:
         """Put rows that are kept where `replace` finds them; the table is as it was.
@@ -109,10 +113,10 @@ class ResponseTable:
         Returns:
             The URIs of the files that `replace` removes: those with a row that is not kept.
         """
-        gone = [row["_file"] for row in marked.where(~F.col("keep")).select("_file").distinct().collect()]
+        gone = [row["file"] for row in marked.where(~F.col("keep")).select("file").distinct().collect()]
         kept = marked.where(F.col("keep"))
         work.write(
-            (kept.where(F.col("_file").isin(gone)) if self._in_files else kept).select(*self.schema.names),
+            (kept.where(F.col("file").isin(gone)) if self._in_files else kept).select("response.*"),
             work.own(KEPT),
         )
         return gone
@@ -129,7 +133,7 @@ class ResponseTable:
             work.remove_files(gone)
         else:
             written = read_responses(self._spark, self._config, self.schema).where(F.col("run_id") == run_id)
-            work.write(written.select(*self.schema.names).unionByName(kept), work.own("final"))
+            work.write(written.select(*map(named, self.schema.names)).unionByName(kept), work.own("final"))
             self._mode = "overwrite"
             self.append(work.read(work.own("final"), schema=self.schema))
         if self._config.table:
@@ -141,8 +145,10 @@ class ResponseTable:
 
 
 def build_schema(columns: dict[str, str]) -> StructType:
-    """Columns by name and type, as Spark's schema."""
-    return StructType([StructField(name, DataType.fromDDL(kind)) for name, kind in columns.items()])
+    """Columns by name and type, as Spark's schema: the same under any session."""
+    # What the word `timestamp` stands for is the session's to say: `spark.sql.timestampType`.
+    kinds = {"timestamp": TimestampType()}
+    return StructType([StructField(name, kinds.get(kind) or DataType.fromDDL(kind)) for name, kind in columns.items()])
 
 
 def read_extras(spark: SparkSession, config: OutputConfig) -> list[str]:
@@ -191,7 +197,8 @@ def read_usage(spark: SparkSession, config: OutputConfig) -> DataFrame:
 
 def _read(spark: SparkSession, place: str, config: OutputConfig, schema: StructType | None = None) -> DataFrame:
     if config.table:
-        return spark.read.table(place)
+        # Of a table that is called `error`, `error.code` would be a column `code`.
+        return spark.read.table(place).alias("phibatch")
     reader = spark.read.format(config.table_format)
     return (reader.schema(schema) if schema else reader).load(place)
 

@@ -71,17 +71,27 @@ def _key(digest: str) -> Column:
     return F.concat(F.lit(KEY_VERSION), F.sha2(F.concat_ws("\n", body, F.lit(digest)), 256))
 
 
-def is_duplicate() -> Column:
+def is_duplicate(message: str = "error.message") -> Column:
     """Whether a row of a response table was rejected since another one has its `custom_id`."""
-    return F.coalesce(F.col("error.message") == DUPLICATE, F.lit(False))
+    return F.coalesce(F.col(message) == DUPLICATE, F.lit(False))
 
 
-def number_responses(responses: DataFrame) -> DataFrame:
-    """A response table with the `copy` that each of its rows stands for: answers first, rejected copies last."""
-    code = F.col("error.code")
-    order = (code.isNotNull(), is_duplicate(), code.isin(*RETRYABLE), F.col("created").desc())
+def number_responses(found: DataFrame) -> DataFrame:
+    """Number the rows of a response table that have one request.
+
+    Args:
+        found: the rows, each whole in a struct `response`, so that none of its columns is taken for the job's own.
+
+    Returns:
+        The same, with the row's `custom_id`, `request_key`, `run_id` and `created`, the `code` and `message` of its
+        error, and the `copy` that it stands for: answers first, rejected copies last.
+    """
+    words = {name: F.col(f"response.{name}") for name in ("custom_id", "request_key", "run_id", "created")}
+    words |= {name: F.col(f"response.error.{name}") for name in ("code", "message")}
+    code = F.col("code")
+    order = (code.isNotNull(), is_duplicate("message"), code.isin(*RETRYABLE), F.col("created").desc())
     copies = Window.partitionBy("custom_id", "request_key").orderBy(*order)
-    return responses.withColumn("copy", F.row_number().over(copies))
+    return found.withColumns(words).withColumn("copy", F.row_number().over(copies))
 
 
 def is_done(retry: str) -> Column:
@@ -104,28 +114,26 @@ def match(rows: DataFrame, numbered: DataFrame, retry: str) -> DataFrame:
 
     `code` is the error that it has of them; null where it has an answer, or nothing.
     """
-    found = numbered.select(
-        *ROW, F.col("error.code").alias("code"), F.col("error.message").alias("message"), F.lit(True).alias("answered")
-    )
+    found = numbered.select(*ROW, "code", "message", F.lit(True).alias("answered"))
     return rows.join(found, list(ROW), "left").withColumn("done", is_done(retry)).drop("message", "answered")
 
 
-def is_older() -> Column:
+def is_older(request_key: str = "request_key") -> Column:
     """Whether the `request_key` of a row of a response table is of another version."""
-    return ~F.col("request_key").startswith(KEY_VERSION)
+    return ~F.col(request_key).startswith(KEY_VERSION)
 
 
-def count_older(todo: DataFrame, responses: DataFrame, retry: str) -> int:
+def count_older(todo: DataFrame, numbered: DataFrame, retry: str) -> int:
     """How many answered rows would be generated anew because their keys are of another version.
 
     Args:
         todo: rows as from `match` that are not done.
-        responses: the response table.
+        numbered: the response table's rows as from `number_responses`.
         retry: as for `is_done`; with `all` every row is to be generated anew in any case.
     """
     if retry == "all":
         return 0
-    answered = responses.where(is_older() & F.col("error.code").isNull()).select("custom_id").distinct()
+    answered = numbered.where(is_older() & F.col("code").isNull()).select("custom_id").distinct()
     return todo.where(F.col("reason").isNull()).join(answered, "custom_id", "left_semi").count()
 
 
@@ -140,13 +148,12 @@ def check_older(rows: int, *, allowed: bool) -> None:
 
 
 def mark(numbered: DataFrame, rows: DataFrame, retry: str, orphans: str) -> DataFrame:
-    """A response table's rows as from `number_responses`, with a column `keep`: whether they are still to be there.
+    """Rows as from `number_responses`, with `keep`: whether they are still to be in the response table.
 
     Kept are those that `match` takes for done and, unless orphans are to be dropped, those of rows that left the input.
     """
     known = rows.select(*ROW, "reason", F.lit(True).alias("answered"))
-    found = numbered.withColumns({"code": F.col("error.code"), "message": F.col("error.message")})
-    marked = found.join(known, list(ROW), "left").withColumn("keep", is_done(retry))
+    marked = numbered.join(known, list(ROW), "left").withColumn("keep", is_done(retry))
     if orphans == "keep":
         there = rows.select("custom_id", F.lit(True).alias("_there")).distinct()
         marked = marked.join(there, "custom_id", "left")

@@ -13,6 +13,7 @@ from pyspark.sql import types as T
 from phibatch.config import OPENAI_BATCH, GenerationConfig, InputConfig
 from phibatch.contract import NUMBERS, ROLES, Bounds
 from phibatch.errors import InputError
+from phibatch.job.columns import find, find_name, named, pick
 from phibatch.job.openai_batch import COLUMNS, LINE, PROBLEM, parse_lines
 from phibatch.job.session import first_line
 from phibatch.job.text import as_json
@@ -57,7 +58,7 @@ class Columns:
         return word in self.names
 
     def __getitem__(self, word: str) -> Column:
-        return _column(self.names[word])
+        return named(self.names[word])
 
     def type(self, word: str) -> T.DataType:
         return self.types[word]
@@ -72,25 +73,22 @@ def check_columns(df: DataFrame, config: InputConfig, keep_columns: tuple[str, .
     Raises:
         InputError: a column is missing or of another type; the sentence names it, and the nearest one there is.
     """
-    types = {field.name.lower(): field.dataType for field in df.schema}
     batch = config.format == OPENAI_BATCH
     wanted = (COLUMNS if batch else config.columns).model_dump(exclude_none=True)
-    names = {word: name for word, name in wanted.items() if name.lower() in types}
+    found = {word: find_name(df, name) for word, name in wanted.items()}
+    names = {word: name for word, name in found.items() if name is not None}
     for word in config.columns.model_fields_set:
         if word not in names:
             raise InputError(
                 f"the input has no column {wanted[word]} (input.columns.{word}){_nearest(wanted[word], df)}"
             )
     for name in (*_template_fields(config), *keep_columns):
-        if name.lower() not in types:
+        if find_name(df, name) is None:
             raise InputError(f"the input has no column {name}{_nearest(name, df)}")
     if config.template is None and not {"prompt", "messages"} & set(names):
         absent = f"no column {wanted['prompt']} and no column {wanted['messages']}"
         raise InputError(f"the input has {absent}{_nearest(wanted['prompt'], df)}")
-    # By the table's own spelling: the session may tell upper case from lower.
-    spelled = {name.lower(): name for name in df.columns} | {name: name for name in df.columns}
-    names = {word: spelled.get(name, spelled[name.lower()]) for word, name in names.items()}
-    columns = Columns(names, {word: types[name.lower()] for word, name in names.items()})
+    columns = Columns(names, {word: df.schema[name].dataType for word, name in names.items()})
     for word, name in names.items():
         expected = _expected_type(word, columns.type(word))
         if expected:
@@ -116,7 +114,7 @@ def build_requests(
         _kept: struct of the input's columns that are carried through; null where none are.
     """
     system = columns["system"] if "system" in columns else F.lit(None).cast("string")
-    prompt = _prompt(columns, config)
+    prompt = _prompt(df, columns, config)
     messages, kinds = _messages(columns)
     own_system = F.exists(messages, lambda message: message["role"] == "system")
     default_system = F.when(own_system, None).otherwise(F.lit(config.system))
@@ -136,7 +134,7 @@ def build_requests(
     whole = {word: params[word].try_cast("bigint") if NUMBERS[word].whole else params[word] for word in NUMBERS}
     # The row's own words; what the configuration adds to all rows is not among them.
     content = [columns[word].alias(word) for word in columns.names if word != "custom_id"]
-    kept = F.struct(*(_column(name).alias(name) for name in keep_columns))
+    kept = F.struct(*pick(df, keep_columns))
     return df.select(
         (columns["custom_id"].cast("string") if "custom_id" in columns else F.lit(None).cast("string")).alias(
             "_custom_id"
@@ -156,14 +154,14 @@ def build_requests(
     )
 
 
-def _prompt(columns: Columns, config: InputConfig) -> Column:
+def _prompt(df: DataFrame, columns: Columns, config: InputConfig) -> Column:
     if config.template is None:
         return columns["prompt"] if "prompt" in columns else F.lit(None).cast("string")
     parts = []
     for text, field, _, _ in string.Formatter().parse(config.template):
         parts.append(F.lit(text))
         if field is not None:
-            parts.append(_column(field).cast("string"))
+            parts.append(find(df, field).cast("string"))
     return F.concat(*parts)
 
 
@@ -292,10 +290,6 @@ def _expected_type(word: str, actual: T.DataType) -> str | None:
         listed = isinstance(actual, T.ArrayType) and isinstance(actual.elementType, T.StringType)
         return None if listed or isinstance(actual, T.StringType) else "string or array<string>"
     return None if isinstance(actual, T.NumericType) else "a number"
-
-
-def _column(name: str) -> Column:
-    return F.col(f"`{name}`")
 
 
 def _nearest(name: str, df: DataFrame) -> str:

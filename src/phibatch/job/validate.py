@@ -15,6 +15,7 @@ from phibatch.errors import ConfigError, InputError, ModelError
 from phibatch.job.answer import find_finished
 from phibatch.job.calibrate import Estimate, build_estimate, generate_sample
 from phibatch.job.check import CheckedJob, check_job
+from phibatch.job.columns import named
 from phibatch.job.generate import build_predict
 from phibatch.job.plan import check_older, count_older, group, match, number_responses
 from phibatch.job.session import count_slots, explain_failure
@@ -138,11 +139,12 @@ def _match(spark: SparkSession, job: CheckedJob, work: WorkFolder) -> tuple[Data
     there = table.read()
     finished = find_finished(work, table, job.config.output.mode)
     if there is not None:
-        there = there.select(*table.schema.names)
+        there = there.select(*map(named, table.schema.names))
     found = there.unionByName(finished) if there is not None and finished is not None else there or finished
     if found is None:
         return job.rows.withColumns({"done": F.lit(False), "code": F.lit(None).cast("string")}), None
-    return match(job.rows, number_responses(found), job.config.job.retry), found
+    numbered = number_responses(found.select(F.struct("*").alias("response")))
+    return match(job.rows, numbered, job.config.job.retry), numbered
 
 
 def _validate(
