@@ -119,7 +119,7 @@ def test_files_are_told_by_sparks_metadata_not_the_tables(spark, job, write_parq
     config, table = job(path).output, spark.read.parquet(path)
     increment = Increment(spark, config, table)
     assert increment.select(table).first()["_metadata"] == "y"
-    with session(spark, SESSIONS["times without a zone"]):
+    with session(spark, SESSIONS["times without a zone, in another zone"]):
         increment.note()
         assert Increment(spark, config, spark.read.parquet(path)).new_files == 0
     assert Increment(spark, config, table).new_files == 0
