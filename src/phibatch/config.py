@@ -193,7 +193,7 @@ class OutputConfig(_Section):
     """Whether responses whose input row is gone are kept."""
     work_path: str | None = None
     """Where a folder is made for what a run needs to resume; null: `<output>_work`. For a table, also where its
-    report goes."""
+    report goes. All runs on an output must have the same."""
     keep_columns: tuple[str, ...] = ()
     """Input columns to carry through, of any name that is not the response table's own."""
 
