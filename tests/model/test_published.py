@@ -90,7 +90,8 @@ def test_the_published_folder_is_answered_like_any_other(published, spark, job, 
         assert answer["usage"]["prompt_tokens"] == len(APRIL[messages])
         asked = {"messages": [asdict(message) for message in messages], "seed": row["seed"]}
         (alone,) = predict(pd.DataFrame([asked]), params={**generation, "engine": "genai"})
-        assert alone["choices"][0]["message"]["content"] == answer["response"]
+        # MLflow drops NULs at the end of a text on its way through Spark.
+        assert alone["choices"][0]["message"]["content"].rstrip("\0") == answer["response"]
     assert table["response"].nunique() > 1
 
 
