@@ -30,7 +30,7 @@ run: $(VENV)/.core java ## Log the embedded model and run the job on the sample 
 test: $(VENV)/.dev java ## Run the tests, but for the long ones
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-conformance: $(VENV)/.dev ## Compare every architecture on every engine with transformers; WRITE=1 writes docs/architectures.md
+conformance: $(VENV)/.dev java ## Compare every architecture on every engine with transformers; WRITE=1 writes docs/architectures.md
 	@PHIBATCH_WRITE_PAGE=$(WRITE) $(BIN)/python -m pytest tests/conformance
 
 soak: $(VENV)/.dev java ## The long tests: parts that die, the documents, wheel and archive; some forty minutes

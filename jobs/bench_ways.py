@@ -262,7 +262,7 @@ def measure_roof(task: Task) -> dict[str, float]:
     from phibatch.model.folder import ModelFolder
 
     folder = ModelFolder.open(Path(task.model, "onnx"))
-    graph = DecoderGraph(folder.graph, folder.head_size, task.threads)
+    graph = DecoderGraph(folder, task.threads)
     slots = KVSlots(graph.kv, 2, max(ROOF_CHUNKS))
     rates = {}
     for chunk in ROOF_CHUNKS:

@@ -16,10 +16,15 @@ LENGTHS = (40, WINDOW - NEW_TOKENS, WINDOW, 700)
 
 
 def move_window(folder, place, checkpoint):
-    """Have the window stand in the graph, in the graph with a rolling cache, or in config.json alone."""
+    """Have the window stand in the graph, with a rolling cache or not, in config.json alone, or far from the graph."""
     config = json.loads((folder / "genai_config.json").read_text())
     decoder = config["model"]["decoder"]
-    if place == "config.json":
+    if place == "subfolder":
+        decoder["filename"] = "onnx/model.onnx"
+        (folder / "onnx").mkdir()
+        for file in folder.glob("model.onnx*"):
+            file.rename(folder / "onnx" / file.name)
+    elif place == "config.json":
         shutil.copyfile(checkpoint / "config.json", folder / "config.json")
         del decoder["sliding_window"]
     else:
@@ -38,7 +43,7 @@ def move_window(folder, place, checkpoint):
     (folder / "genai_config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("place", ["graph", "rolling cache", "config.json"])
+@pytest.mark.parametrize("place", ["graph", "rolling cache", "config.json", "subfolder"])
 def test_a_window_is_honoured_wherever_it_stands(built, generate, tmp_path, place):
     """Every answer is transformers', of rows within the window and beyond it, on both engines."""
     model = built(NAME)

@@ -32,8 +32,11 @@ def graph_of(*windows, rolling=False):
     return helper.make_graph(nodes, "decoder", [], [])
 
 
-def branching_graph(operator="Greater", boundary=4096):
+def branching_graph(operator="Greater", source="attention_mask", boundary=4096):
     nodes = [
+        helper.make_node("Constant", [], ["one"], value_int=1),
+        helper.make_node("Shape", [source], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["width"]),
         helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", TensorProto.INT64, [], [boundary])),
         helper.make_node(operator, ["width", "c"], ["long"]),
         helper.make_node("If", ["long"], ["cos", "sin"]),
@@ -97,9 +100,11 @@ def test_a_window_of_unknown_layers_is_not_ignored(folder):
 
 
 def test_a_graph_without_attention_nodes_has_the_configured_window(folder):
-    """A graph whose attention is made of other nodes says nothing of a window; the configuration still does."""
-    place = folder({"window_size": 2047, "layers": []})
-    assert read_windows(helper.make_graph([], "decoder", [], []), place).sizes == (2047,) * LAYERS
+    """A window can not be written into attention of other nodes, so rows beyond it are out of reach."""
+    graph = helper.make_graph([], "decoder", [], [])
+    windows = read_windows(graph, folder({"window_size": 2047, "layers": []}))
+    assert windows == Windows((2047,) * LAYERS, certain=False)
+    assert read_reach(graph, windows).tokens == 2047
 
 
 def test_written_windows_stand_in_every_node_and_no_cache_rolls():
@@ -113,5 +118,6 @@ def test_the_boundary_of_longrope_is_what_the_graph_compares_with():
     """An `If` on the length of the input gives the boundary; on anything else it refuses the graph."""
     assert read_boundary(graph_of(-1)) is None
     assert read_boundary(branching_graph()) == 4096
-    with pytest.raises(UnsupportedGraph, match="branches"):
-        read_boundary(branching_graph("Less"))
+    for other in (branching_graph("Less"), branching_graph(source="input_ids")):
+        with pytest.raises(UnsupportedGraph, match="branches"):
+            read_boundary(other)

@@ -12,14 +12,16 @@ from onnx import helper
 from phibatch import demo
 from phibatch.contract import EngineName, GenerationParams, Message, ModelFormat, Request
 from phibatch.errors import EngineError
+from phibatch.model.engine.attention import UnsupportedGraph
 from phibatch.model.engine.base import EngineOptions, load_engine
 from phibatch.model.engine.genai import GenaiEngine
-from phibatch.model.engine.graph import DecoderGraph, UnsupportedGraph
+from phibatch.model.engine.graph import DecoderGraph
 from phibatch.model.engine.kv import KVShape, KVSlots
 from phibatch.model.engine.memory import default_memory, plan_pools
 from phibatch.model.engine.prefixes import MIN_LENGTH, PrefixStore, common_length, shared_lengths
 from phibatch.model.engine.slots import SlotsEngine
 from phibatch.model.engine.transformers import TransformersEngine
+from phibatch.model.folder import ModelFolder
 
 PROMPTS = pq.read_table(demo.PROMPTS).to_pylist()
 SYSTEMS = (
@@ -185,12 +187,12 @@ def test_what_slots_can_not_honour_is_named(tmp_path, change, reason):
     change(model.graph)
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(UnsupportedGraph, match=reason):
-        DecoderGraph(tmp_path / "model.onnx", head_size=32, threads=1)
+        DecoderGraph(replace(ModelFolder.open(demo.MODEL_DIR), graph=tmp_path / "model.onnx"), threads=1)
 
 
 def test_only_the_last_position_is_projected():
     """A prompt's logits are one line, and the same as the whole graph's last."""
-    graph = DecoderGraph(demo.MODEL_DIR / "model.onnx", head_size=32, threads=1)
+    graph = DecoderGraph(ModelFolder.open(demo.MODEL_DIR), threads=1)
     ids = np.arange(5, 25, dtype=np.int64)[None]
     assert graph._session.get_outputs()[0].name == "logits"
     logits = graph.run(KVSlots(graph.kv, 2, 32), 0, ids, [0])

@@ -185,7 +185,9 @@ def append_usage(spark: SparkSession, config: OutputConfig, usages: list[dict[st
         .write.format(config.table_format)
         .mode("append")
     )
-    writer.saveAsTable(config.usage_place) if config.table else writer.save(config.usage_place)
+    # An earlier version may have made what is at a path, in a format that holds to its columns.
+    evolving = writer if config.table_format in FILE_FORMATS else writer.option("mergeSchema", "true")
+    writer.saveAsTable(config.usage_place) if config.table else evolving.save(config.usage_place)
 
 
 def read_usage(spark: SparkSession, config: OutputConfig) -> DataFrame:

@@ -75,7 +75,7 @@ class ChatTokenizer:
             rendered = self._render(marked)
         except (ValueError, RuntimeError) as error:
             raise RowError(
-                ErrorCode.INVALID_REQUEST, f"the chat template refuses the conversation: {_first_line(error)}"
+                ErrorCode.INVALID_REQUEST, f"the chat template refuses the conversation: {first_line(error)}"
             ) from error
         renamed = _replace(rendered, self._names)
         text = _replace(renamed, {mark: name for name, mark in self._marks.items()})
@@ -120,8 +120,9 @@ def _merge_system(messages: Sequence[Message]) -> list[Message]:
     return others
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else "no reason given"
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, without the lines that follow."""
+    return str(error).splitlines()[0].rstrip(":") if str(error).strip() else "no reason given"
 
 
 def _check_text(texts: Iterable[str]) -> None:

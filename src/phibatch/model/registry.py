@@ -33,6 +33,7 @@ from phibatch.contract import (
 )
 from phibatch.errors import EngineError, ModelError
 from phibatch.model import flavor
+from phibatch.model.chat import first_line
 from phibatch.model.checkpoint import Checkpoint
 from phibatch.model.engine.base import check_engine
 from phibatch.model.folder import ModelFolder, digest_folder
@@ -275,9 +276,8 @@ def _check_template(folder: Path, model_format: ModelFormat, source: Path) -> bo
             check_bos(folder)
         tokenizer = open_tokenizer(folder)
         tokenizer.check_template()
-    except (EngineError, ModelError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
-        raise ModelError(f"{source} can not be used: {reason}") from error
+    except (EngineError, ModelError, OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{source} can not be used: {first_line(error)}") from error
     return tokenizer.takes_system
 
 

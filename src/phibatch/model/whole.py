@@ -76,6 +76,8 @@ def _check_graph(file: Path, files: set[Path]) -> None:
         data = file.parent / name
         if not is_inside(name):
             raise ModelError(f"{file} keeps its weights in {name}, which is outside the folder")
+        if data not in files and data.is_file():
+            raise ModelError(f"{file} keeps its weights in {name}, and files of that ending are not logged: rename it")
         if data not in files:
             raise ModelError(f"{file} keeps its weights in {name}, which is missing: {AGAIN}")
         _check_size(data, end)

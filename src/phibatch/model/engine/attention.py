@@ -31,7 +31,7 @@ class Windows:
 
     Attributes:
         sizes: of each layer; None is all tokens.
-        certain: whether it is known which layers have a window; where not, all of `sizes` are the one that is named.
+        certain: whether it is known which layers have a window, and each of them has an attention node that is known.
     """
 
     sizes: tuple[int | None, ...]
@@ -67,11 +67,11 @@ def read_reach(graph: Any, windows: Windows) -> Reach | None:
     """
     reaches = []
     if windows.smallest and not windows.certain:
-        reason = f"the model has a sliding window of {windows.smallest}, and does not say in which layers"
+        reason = f"the model has a sliding window of {windows.smallest} tokens that can not be written into its graph"
         reaches.append(Reach(windows.smallest, reason))
     boundary = read_boundary(graph)
     if boundary is not None:
-        reason = "beyond, LongRoPE's other table turns a row, and the graph picks it by the longest row of a batch"
+        reason = "the graph picks LongRoPE's other table by the longest row of a batch"
         reaches.append(Reach(boundary, reason))
     return min(reaches, key=lambda reach: reach.tokens, default=None)
 
@@ -91,7 +91,7 @@ def read_windows(graph: Any, folder: Path) -> Windows:
     document = read_json(folder / CONFIG)
     decoder = document["model"]["decoder"]
     own = {number: attributes(node).get(WINDOW, -1) for node in graph.node if (number := layer_of(node)) is not None}
-    layers = range(int(decoder.get("num_hidden_layers") or len(own)))
+    layers = range(int(decoder.get("num_hidden_layers") or len(own) or 1))
     window = decoder.get("sliding_window") or {}
     size = window.get("window_size") or 0
     file = folder / "config.json"
@@ -108,7 +108,9 @@ def read_windows(graph: Any, folder: Path) -> Windows:
     # One as long as the context hides nothing.
     context = int(document["model"]["context_length"])
     sizes = tuple(size if size is not None and size < context else None for size in found.sizes)
-    return replace(found, sizes=sizes)
+    # A window can be written into nodes that are known, and into no others.
+    written = all(layer in own for layer, size in zip(layers, sizes, strict=True) if size)
+    return replace(found, sizes=sizes, certain=found.certain and written)
 
 
 def read_boundary(graph: Any) -> int | None:
@@ -125,12 +127,16 @@ def read_boundary(graph: Any) -> int | None:
     makers = {name: node for node in graph.node for name in node.output}
     known = {each.name: numpy_helper.to_array(each) for each in graph.initializer if not each.external_data}
     for node in graph.node:
-        if node.op_type == "Constant":
+        if node.op_type == "Constant" and "value" in attributes(node):
             known[node.output[0]] = numpy_helper.to_array(attributes(node)["value"])
     boundaries = set()
     for branch in branches:
         condition = makers.get(branch.input[0])
         if condition is None or condition.op_type != "Greater" or condition.input[1] not in known:
+            raise UnsupportedGraph("it branches on something else than the length of its input")
+        width = makers.get(condition.input[0])
+        shape = makers.get(width.input[0]) if width is not None and width.op_type == "Gather" else None
+        if shape is None or shape.op_type != "Shape" or "attention_mask" not in shape.input:
             raise UnsupportedGraph("it branches on something else than the length of its input")
         boundaries.add(int(np.asarray(known[condition.input[1]]).item()))
     if len(boundaries) > 1:

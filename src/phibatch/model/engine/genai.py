@@ -53,9 +53,14 @@ class GenaiEngine:
                     "slide_key_value_cache": False,
                     "slide_inputs": False,
                 }
+            name = self._folder.graph.relative_to(model_dir)
+            # Of a graph in memory, the library looks for the data from the model's folder on.
+            for entry in (entry for each in graph.graph.initializer for entry in each.external_data):
+                if entry.key == "location":
+                    entry.value = (name.parent / entry.value).as_posix()
             # The library reads these bytes when it opens the model, and keeps no copy.
             self._graph = graph.SerializeToString()
-            config.add_model_data(self._folder.graph.name, self._graph)
+            config.add_model_data(name.as_posix(), self._graph)
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
         self._model = og.Model(config)
         self._tokenizer = open_tokenizer(model_dir)

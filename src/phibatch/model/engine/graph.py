@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from phibatch.model.engine.attention import (
 )
 from phibatch.model.engine.kv import KVShape, KVSlots
 from phibatch.model.engine.sampling import Logits
+from phibatch.model.folder import ModelFolder
 
 PROJECTIONS = {"MatMul", "MatMulNBits"}
 TOKENS = {"input_ids", "attention_mask"}
@@ -31,8 +31,7 @@ class DecoderGraph:
     """A checked graph, cut down to the logits of the last position.
 
     Args:
-        file: the `.onnx` file; its external data lies beside it.
-        head_size: numbers of one attention head.
+        folder: the model's; the graph's external data lies beside the graph.
         threads: of onnxruntime.
 
     Attributes:
@@ -43,10 +42,10 @@ class DecoderGraph:
         UnsupportedGraph: its inputs or its attention are not those that slots can be run over.
     """
 
-    def __init__(self, file: Path, head_size: int, threads: int) -> None:
-        model = onnx.load(str(file), load_external_data=False)
-        self.kv = _check(model.graph, head_size)
-        windows = read_windows(model.graph, file.parent)
+    def __init__(self, folder: ModelFolder, threads: int) -> None:
+        model = onnx.load(str(folder.graph), load_external_data=False)
+        self.kv = _check(model.graph, folder.head_size)
+        windows = read_windows(model.graph, folder.path)
         self.reach = read_reach(model.graph, windows)
         write_windows(model.graph, windows)
         _keep_last_position(model.graph)
@@ -55,7 +54,9 @@ class DecoderGraph:
         options.inter_op_num_threads = 1
         # The library's own pool would keep the most that any one prompt needed.
         options.enable_cpu_mem_arena = False
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder.graph.parent)
+        )
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(self, slots: KVSlots, first: int, ids: NDArray[np.int64], lengths: Sequence[int]) -> Logits:

@@ -45,7 +45,7 @@ class SlotsEngine:
 
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         self._folder = ModelFolder.open(model_dir)
-        self._graph = DecoderGraph(self._folder.graph, self._folder.head_size, options.threads)
+        self._graph = DecoderGraph(self._folder, options.threads)
         self._tokenizer = open_tokenizer(model_dir)
         self._grammars = Grammars(model_dir / TOKENIZER, self._folder.eos_token_ids)
         self._max_slots = max(2, options.batch_size)

@@ -67,6 +67,11 @@ class TransformersEngine:
             raise EngineError("the checkpoint's configuration gives no max_position_embeddings")
         self._context_length = length
         self._boundary = _read_boundary(model.config)
+        if self._boundary is not None:
+            # The library makes the long table at its first use, and writes the boundary anew as it does so.
+            self._pin_table(long=False)
+            with torch.inference_mode():
+                self._model(torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
         own = self._model.generation_config
         eos = own.eos_token_id
         self._eos_token_ids = frozenset(eos if isinstance(eos, list) else [eos])
@@ -132,16 +137,9 @@ class TransformersEngine:
 
 
 def _read_boundary(config: Any) -> int | None:
-    """The length beyond which LongRoPE's long table turns a row; None where the model has one table.
-
-    Raises:
-        EngineError: the table grows with the longest row of a batch, so a row's answer would depend on its neighbours.
-    """
+    """The length beyond which LongRoPE's long table turns a row; None where the model has one table."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type")
-    if kind == "dynamic":
-        raise EngineError("the model's dynamic rope scaling turns a row by the longest row beside it, and is not run")
-    return int(rope["original_max_position_embeddings"]) if kind == "longrope" else None
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 class _RowsChoose(LogitsProcessor):
