@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 QUIET = {
     # onnxruntime's wheels report usage unless told not to: importing them starts threads and writes a device id under
