@@ -3,6 +3,7 @@ import json
 import pytest
 from onnx import TensorProto, helper
 
+from phibatch.errors import ModelError
 from phibatch.model.engine.attention import (
     UnsupportedGraph,
     Windows,
@@ -68,6 +69,23 @@ def test_the_window_is_the_graphs_else_genai_configs_else_the_checkpoints(folder
     assert read_windows(graph_of(-1, -1, -1), folder(None, config)) == Windows((1000,) * LAYERS)
 
 
+@pytest.mark.parametrize(
+    ("window", "config"),
+    [
+        ({"window_size": 32, "layers": [77]}, None),
+        ({"window_size": -5}, None),
+        ({"window_size": 32.0}, None),
+        (None, {"sliding_window": "32"}),
+        (None, {"sliding_window": True}),
+        (None, {"sliding_window": 32, "max_window_layers": "x"}),
+    ],
+)
+def test_a_window_that_is_none_is_told(folder, window, config):
+    """A window that can not be read is never ignored: the folder is refused in one sentence."""
+    with pytest.raises(ModelError, match=r"sliding_window|window_size|max_window_layers|layers of the sliding window"):
+        read_windows(graph_of(-1, -1, -1), folder(window, config))
+
+
 def test_no_layers_named_are_all(folder):
     """The builder writes an empty list of layers where all of them have the window."""
     found = read_windows(graph_of(-1, -1, -1), folder({"window_size": 2047, "layers": []}))
@@ -77,7 +95,10 @@ def test_no_layers_named_are_all(folder):
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        ({"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention", "x"]}, (512, None, None)),
+        (
+            {"sliding_window": 512, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+            (512, None, None),
+        ),
         ({"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 1}, (None,) * LAYERS),
         ({"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 1}, (None, 512, 512)),
         ({"text_config": {"model_type": "mistral", "sliding_window": 512}}, (512,) * LAYERS),
@@ -94,8 +115,9 @@ def test_a_checkpoints_own_words_for_its_window(folder, config, sizes):
 def test_a_window_of_unknown_layers_is_not_ignored(folder):
     """Where a model of another kind names a window and no layers, nobody can say which layers have it."""
     found = read_windows(graph_of(-1, -1, -1), folder(None, {"model_type": "gemma2", "sliding_window": 512}))
-    assert not found.certain
-    assert found.smallest == 512
+    strange = {"sliding_window": 512, "layer_types": ["chunked_attention"] * LAYERS}
+    assert found == Windows((512,) * LAYERS, certain=False)
+    assert read_windows(graph_of(-1, -1, -1), folder(None, strange)) == found
     assert read_reach(graph_of(-1, -1, -1), found).tokens == 512
 
 

@@ -98,7 +98,7 @@ class Folder:
     def qualified(self) -> str:
         """The absolute path with its file system, without `..` and, on this machine, without symbolic links."""
         path = self._files.makeQualified(self._path())
-        if path.toUri().getScheme() == "file":
+        if str(path.toUri().getScheme()).lower() == "file":
             return f"file:{os.path.realpath(path.toUri().getPath())}"
         return str(path.toString())
 

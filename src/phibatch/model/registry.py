@@ -163,10 +163,13 @@ def log_onnx(
         ModelError: the folder is not such a model, is not whole, or names native code; the template renders no user
             turn; or MLflow takes no such name or alias.
     """
+    # It loads what reads graphs, which a job's driver does without.
+    from phibatch.model.engine.attention import check_windows
+
     check_names(name, alias)
     template = None if chat_template is None else read_template(chat_template)
     check_folder(model_dir)
-    ModelFolder.open(model_dir, needs_template=template is None)
+    check_windows(ModelFolder.open(model_dir, needs_template=template is None))
     with stage_folder(model_dir, template) as folder, warnings.catch_warnings():
         digest = ModelFolder.open(folder).digest()
         takes_system = _check_template(folder, ModelFormat.ONNX, chat_template or model_dir)

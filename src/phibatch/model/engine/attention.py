@@ -1,17 +1,19 @@
 """How far a decoder's attention sees, and up to which length one table of angles turns its positions."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import helper, numpy_helper
 
 from phibatch.contract import ErrorCode
-from phibatch.errors import RowError
+from phibatch.errors import ModelError, RowError
 from phibatch.model.engine.row import Row
-from phibatch.model.folder import CONFIG, read_json
+from phibatch.model.folder import CONFIG, ModelFolder, read_json
 
 ATTENTION = "GroupQueryAttention"
 WINDOW = "local_window_size"
@@ -19,6 +21,9 @@ WINDOW_CACHE = "sliding_window_cache"
 
 ONE_WINDOW = {"phi3", "mistral", "mixtral", "starcoder2"}
 """Model types whose `config.json` means all layers where it names a window and no layers."""
+
+LAYER_TYPES = {"sliding_attention", "full_attention"}
+"""What `layer_types` may name; a layer of another type is not known to have the window."""
 
 
 class UnsupportedGraph(Exception):
@@ -86,23 +91,22 @@ def read_windows(graph: Any, folder: Path) -> Windows:
         folder: where the model's configuration lies.
 
     Raises:
-        ModelError: a configuration is not JSON.
+        ModelError: a configuration is not JSON, or gives a window that is none.
     """
     document = read_json(folder / CONFIG)
     decoder = document["model"]["decoder"]
     own = {number: attributes(node).get(WINDOW, -1) for node in graph.node if (number := layer_of(node)) is not None}
-    layers = range(int(decoder.get("num_hidden_layers") or len(own) or 1))
+    layers = range(max(own) + 1 if own else _read_number(decoder, "num_hidden_layers", folder / CONFIG) or 1)
     window = decoder.get("sliding_window") or {}
-    size = window.get("window_size") or 0
+    size = _read_number(window, "window_size", folder / CONFIG)
     file = folder / "config.json"
     if any(each > 0 for each in own.values()):
         found = Windows(tuple(own[layer] if own.get(layer, -1) > 0 else None for layer in layers))
     elif size > 0:
-        # The builder writes no layers where all of them have the window.
-        chosen = window.get("layers") or layers
+        chosen = _read_layers(window, layers, folder / CONFIG)
         found = Windows(tuple(size if layer in chosen else None for layer in layers))
     elif file.is_file():
-        found = _from_checkpoint(read_json(file), len(layers))
+        found = _from_checkpoint(file, len(layers))
     else:
         found = Windows((None,) * len(layers))
     # One as long as the context hides nothing.
@@ -111,6 +115,11 @@ def read_windows(graph: Any, folder: Path) -> Windows:
     # A window can be written into nodes that are known, and into no others.
     written = all(layer in own for layer, size in zip(layers, sizes, strict=True) if size)
     return replace(found, sizes=sizes, certain=found.certain and written)
+
+
+def check_windows(folder: ModelFolder) -> None:
+    """Raise ModelError where a folder gives a window that is none."""
+    read_windows(onnx.load(str(folder.graph), load_external_data=False).graph, folder.path)
 
 
 def read_boundary(graph: Any) -> int | None:
@@ -171,17 +180,38 @@ def layer_of(node: Any) -> int | None:
     return int(found[1]) if found else None
 
 
-def _from_checkpoint(config: dict[str, Any], count: int) -> Windows:
+def _from_checkpoint(file: Path, count: int) -> Windows:
     """By transformers' own configuration of the model."""
-    config = config.get("text_config") or config
-    size = config.get("sliding_window") or 0
-    if not isinstance(size, int) or size <= 0 or config.get("use_sliding_window") is False:
+    config = read_json(file)
+    config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    size = _read_number(config, "sliding_window", file)
+    if not size or config.get("use_sliding_window") is False:
         return Windows((None,) * count)
     kinds = config.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == count:
-        return Windows(tuple(size if kind == "sliding_attention" else None for kind in kinds))
-    if "max_window_layers" in config:
+    if kinds is not None:
+        known = isinstance(kinds, list) and len(kinds) == count and set(kinds) <= LAYER_TYPES
+        sliding = [not known or kind == "sliding_attention" for kind in (kinds if known else [None] * count)]
+        return Windows(tuple(size if each else None for each in sliding), certain=known)
+    if config.get("max_window_layers") is not None:
         # Qwen's: the layers from this one on.
-        first = int(config["max_window_layers"])
+        first = _read_number(config, "max_window_layers", file)
         return Windows(tuple(size if place >= first else None for place in range(count)))
     return Windows((size,) * count, certain=config.get("model_type") in ONE_WINDOW)
+
+
+def _read_number(values: dict[str, Any], key: str, file: Path) -> int:
+    """A whole number of a configuration; 0 where it is absent."""
+    value = values.get(key)
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ModelError(f"{file} gives {key} as {value!r}; it must be a whole number from 0 up")
+    return value
+
+
+def _read_layers(window: dict[str, Any], layers: range, file: Path) -> Sequence[int]:
+    """The layers that have the window; the builder writes none where all have it."""
+    chosen = window.get("layers") or layers
+    if not isinstance(chosen, list | range) or not all(layer in layers for layer in chosen):
+        raise ModelError(f"{file} names layers of the sliding window that the model has not: it has {len(layers)}")
+    return chosen
