@@ -163,7 +163,7 @@ def test_nothing_is_recovered_beside_an_answer(spark, job):
     # Where these rows have left the input, the failure that an answer replaces goes; a rejected copy is a row.
     nothing = spark.createDataFrame([], "custom_id string, request_key string, copy int, reason string")
     marked = mark(number_responses(table.locate()), nothing, "failed", "keep")
-    assert [row["error"]["code"] for row in marked.where(~F.col("keep")).collect()] == ["timeout"]
+    assert [row["code"] for row in marked.where(~F.col("keep")).collect()] == ["timeout"]
     folder.write(build(respond("late", "dead"), respond("twice", "dead")), f"{CHUNKS}/one")
     answer.recover(folder, table, "resume")
     assert table.read().count() == 7 + 4
