@@ -53,7 +53,7 @@ def _qualify_table(spark: SparkSession, table: str) -> list[str]:
     Names are in lower case unless `spark.sql.caseSensitive` is set. The location tells apart the built-in catalogs of
     two metastores; it is empty for other catalogs. Raises OutputError where the name or its database is wrong.
     """
-    state: Any = spark._jsparkSession.sessionState()  # noqa: SLF001 - `spark.catalog` resolves only tables that exist
+    state: Any = spark._jsparkSession.sessionState()  # noqa: SLF001 - PySpark resolves no name of a table to come
     catalogs = state.catalogManager()
     try:
         parsed = state.sqlParser().parseMultipartIdentifier(table)

@@ -22,7 +22,7 @@ WINDOW_CACHE = "sliding_window_cache"
 ONE_WINDOW = {"phi3", "mistral", "mixtral", "starcoder2"}
 """Model types whose `config.json` means all layers where it names a window and no layers."""
 
-LAYER_TYPES = {"sliding_attention", "full_attention"}
+LAYER_TYPES = ("sliding_attention", "full_attention")
 """What `layer_types` may name; a layer of another type is not known to have the window."""
 
 
@@ -140,14 +140,17 @@ def read_boundary(graph: Any) -> int | None:
             known[node.output[0]] = numpy_helper.to_array(attributes(node)["value"])
     boundaries = set()
     for branch in branches:
-        condition = makers.get(branch.input[0])
-        if condition is None or condition.op_type != "Greater" or condition.input[1] not in known:
+        # From the condition back to what it compares.
+        name, inputs = branch.input[0], []
+        for operator in ("Greater", "Gather", "Shape"):
+            maker = makers.get(name)
+            if maker is None or maker.op_type != operator:
+                break
+            inputs.append(maker.input)
+            name = maker.input[0]
+        if len(inputs) < 3 or name != "attention_mask" or inputs[0][1] not in known:
             raise UnsupportedGraph("it branches on something else than the length of its input")
-        width = makers.get(condition.input[0])
-        shape = makers.get(width.input[0]) if width is not None and width.op_type == "Gather" else None
-        if shape is None or shape.op_type != "Shape" or "attention_mask" not in shape.input:
-            raise UnsupportedGraph("it branches on something else than the length of its input")
-        boundaries.add(int(np.asarray(known[condition.input[1]]).item()))
+        boundaries.add(int(np.asarray(known[inputs[0][1]]).item()))
     if len(boundaries) > 1:
         raise UnsupportedGraph("it branches on several lengths of its input")
     return boundaries.pop()
@@ -189,9 +192,9 @@ def _from_checkpoint(file: Path, count: int) -> Windows:
         return Windows((None,) * count)
     kinds = config.get("layer_types")
     if kinds is not None:
-        known = isinstance(kinds, list) and len(kinds) == count and set(kinds) <= LAYER_TYPES
-        sliding = [not known or kind == "sliding_attention" for kind in (kinds if known else [None] * count)]
-        return Windows(tuple(size if each else None for each in sliding), certain=known)
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in LAYER_TYPES for kind in kinds):
+            return Windows((size,) * count, certain=False)
+        return Windows(tuple(size if kind == "sliding_attention" else None for kind in kinds))
     if config.get("max_window_layers") is not None:
         # Qwen's: the layers from this one on.
         first = _read_number(config, "max_window_layers", file)
