@@ -138,22 +138,25 @@ def read_boundary(graph: Any) -> int | None:
     for node in graph.node:
         if node.op_type == "Constant" and "value" in attributes(node):
             known[node.output[0]] = numpy_helper.to_array(attributes(node)["value"])
-    boundaries = set()
-    for branch in branches:
-        # From the condition back to what it compares.
-        name, inputs = branch.input[0], []
-        for operator in ("Greater", "Gather", "Shape"):
-            maker = makers.get(name)
-            if maker is None or maker.op_type != operator:
-                break
-            inputs.append(maker.input)
-            name = maker.input[0]
-        if len(inputs) < 3 or name != "attention_mask" or inputs[0][1] not in known:
-            raise UnsupportedGraph("it branches on something else than the length of its input")
-        boundaries.add(int(np.asarray(known[inputs[0][1]]).item()))
+    boundaries = {_read_comparison(branch.input[0], makers, known) for branch in branches}
+    if None in boundaries:
+        raise UnsupportedGraph("it branches on something else than the length of its input")
     if len(boundaries) > 1:
         raise UnsupportedGraph("it branches on several lengths of its input")
     return boundaries.pop()
+
+
+def _read_comparison(name: str, makers: dict[str, Any], known: dict[str, Any]) -> int | None:
+    """What the width of the mask is compared with by the value of this name; None where it is another value."""
+    boundary = None
+    for operator in ("Greater", "Gather", "Shape"):
+        node = makers.get(name)
+        if node is None or node.op_type != operator:
+            return None
+        if operator == "Greater" and node.input[1] in known:
+            boundary = int(np.asarray(known[node.input[1]]).item())
+        name = node.input[0]
+    return boundary if name == "attention_mask" else None
 
 
 def write_windows(graph: Any, windows: Windows) -> None:
